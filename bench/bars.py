@@ -1,0 +1,286 @@
+"""The bars a family is held to, as data, and their verdicts: met, missed (by how much), not measurable here (why)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bench import machine
+from bench.rows import OURS, Row, best, find, geomean
+
+Status = Literal["met", "missed", "not measurable"]
+
+MET: Status = "met"
+MISSED: Status = "missed"
+NOT_MEASURABLE: Status = "not measurable"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a bar is judged on."""
+
+    rows: Sequence[Row]
+    isa: str  # the level in use
+    cpu_level: str  # the level this CPU reaches
+    threads: int = 1
+    ceilings: dict[str, float] = field(default_factory=dict)
+
+    def ours(self, case: str, malloc: str = "default", **shape: int) -> Row | None:
+        return next((row for row in self.rows if row.name == OURS and row.case == case and row.malloc == malloc
+                     and row.shape == shape), None)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """One number a bar looks at, or why there is none."""
+
+    where: str
+    value: float | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`at_least` or `at_most`, for every part or (`mean`) for their geometric mean."""
+
+    key: str
+    family: str
+    text: str
+    parts: Callable[[Context], list[Part]]
+    at_least: float | None = None
+    at_most: float | None = None
+    mean: bool = False
+    condition: Callable[[Context], str | None] = lambda _: None  # None, or why it can't be measured here
+    note: Callable[[Context], str] = lambda _: ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    key: str
+    text: str
+    status: Status
+    measured: float | None
+    target: str
+    detail: str
+
+
+def judge(bar: Bar, context: Context) -> Verdict:
+    """The verdict of one bar. A part that is missing leaves the bar open, unless another part misses it anyway."""
+    least = bar.at_least is not None
+    goal = bar.at_least if bar.at_least is not None else bar.at_most
+    if goal is None:
+        raise ValueError(f"bar {bar.key} has neither at_least nor at_most")
+    target = f"{'>=' if least else '<='} {goal:g}"
+
+    def verdict(status: Status, measured: float | None, *details: str) -> Verdict:
+        return Verdict(bar.key, bar.text, status, measured, target, "; ".join(d for d in details if d))
+
+    why_not = bar.condition(context)
+    if why_not:
+        return verdict(NOT_MEASURABLE, None, why_not)
+    parts = bar.parts(context)
+    known = [(part.value, part.where) for part in parts if part.value is not None]
+    missing = [part for part in parts if part.value is None]
+    if not known:
+        return verdict(NOT_MEASURABLE, None, missing[0].why if missing else "no rows")
+
+    worst, where = min(known) if least else max(known)
+    measured = geomean([value for value, _ in known]) if bar.mean else worst
+    place = f"worst {worst:.3g} at {where}" if len(known) > 1 else f"at {where}"
+    good = measured >= goal if least else measured <= goal
+    off = measured / goal - 1
+    gap = f"{abs(off):.1%} {'below' if off < 0 else 'above'} the bar"
+    bad = [where for value, where in known if (value < goal if least else value > goal)]
+    count = f"{len(known) - len(bad)} of {len(known)} reach it" if len(known) > 1 and not bar.mean else ""
+    if missing and (good or bar.mean):
+        first = f"{len(missing)} of {len(parts)} figures are missing ({missing[0].where}: {missing[0].why})"
+        return verdict(NOT_MEASURABLE, measured, first, place, bar.note(context))
+    return verdict(MET if good else MISSED, measured, "" if good else gap, place, count, bar.note(context))
+
+
+def judge_all(family: str, context: Context) -> list[Verdict]:
+    return [judge(bar, context) for bar in BARS if bar.family == family]
+
+
+# ---- what several bars share ----
+
+
+def one_thread(context: Context) -> str | None:
+    return None if context.threads == 1 else f"the bar is for one thread, this run used {context.threads}"
+
+
+def vnni512(context: Context) -> str | None:
+    if machine.above("avx512", context.cpu_level):
+        return "not measurable: this CPU has no AVX-512-VNNI"
+    if context.isa != "avx512":
+        return f"not measurable: the level in use is {context.isa}, the bar is for avx512"
+    return one_thread(context)
+
+
+def _missing(row: Row | None) -> str:
+    return "not among the measured shapes" if row is None else row.error or "its result failed the check"
+
+
+def _part(where: str, row: Row | None, value: Callable[[Row], float | None], why: str = "no ceiling") -> Part:
+    if row is None or not row.right:
+        return Part(where, None, _missing(row))
+    found = value(row)
+    return Part(where, found, "" if found is not None else why)
+
+
+# ---- int8_gemm ----
+
+INT8_WEIGHTS = ((384, 1536), (768, 768), (768, 3072), (4096, 4096))  # (K, N)
+INT8_ROWS = (1, 4, 16, 64, 128, 512)  # M
+
+
+def _linear(context: Context, m: int, k: int, n: int, malloc: str = "default") -> tuple[str, Row | None]:
+    return f"M={m} K={k} N={n}", context.ours("int8_linear", malloc, m=m, k=k, n=n)
+
+
+def int8_compute(context: Context) -> list[Part]:
+    return [
+        _part(where, row, lambda r: r.fractions.get("compute"))
+        for m in (64, 128, 512)
+        for k, n in INT8_WEIGHTS
+        for where, row in [_linear(context, m, k, n)]
+    ]
+
+
+def int8_read(context: Context) -> list[Part]:
+    """The kernel's own time where it is known, else whole calls (which can only look worse)."""
+    return [
+        _part(
+            f"{where} ({row.level if row else '?'}, {'kernel' if row and row.kernel_seconds else 'whole call'})",
+            row,
+            lambda r: r.fractions.get("kernel_read", r.fractions.get("read")),
+        )
+        for k, n in INT8_WEIGHTS
+        for where, row in [_linear(context, 1, k, n)]
+    ]
+
+
+def _over_best_fused(context: Context, malloc: str, weights: Sequence[tuple[int, int]] = INT8_WEIGHTS) -> list[Part]:
+    def ratio(row: Row) -> float | None:
+        fused = best(context.rows, row, "fused")
+        return fused.median / row.median if fused else None
+
+    return [
+        _part(where, row, ratio, "no fused peer with a right result")
+        for m in INT8_ROWS
+        for k, n in weights
+        for where, row in [_linear(context, m, k, n, malloc)]
+    ]
+
+
+def int8_fused(context: Context) -> list[Part]:
+    return _over_best_fused(context, "default")
+
+
+def int8_fused_note(context: Context) -> str:
+    """The same mean per (K, N), and with freed memory kept."""
+    notes = []
+    for k, n in INT8_WEIGHTS:
+        values = [p.value for p in _over_best_fused(context, "default", [(k, n)]) if p.value is not None]
+        if values:
+            notes.append(f"{k}x{n}: {geomean(values):.2f}")
+    kept = [p.value for p in _over_best_fused(context, "keep") if p.value is not None]
+    if kept:
+        notes.append(f"with freed memory kept: {geomean(kept):.2f}")
+    return ", ".join(notes)
+
+
+OURS_AVX2, MKL_AVX2, FP32 = "fastsparse held to AVX2", "torch fp32 held to AVX2", "torch fp32"
+
+
+def int8_avx2(context: Context) -> list[Part]:
+    """Beyond AVX2 both sides run under caps; on an AVX2 CPU they are what runs anyway."""
+    held = machine.above(context.cpu_level, "avx2")
+    parts = []
+    for m in INT8_ROWS:
+        for k, n in INT8_WEIGHTS:
+            where, row = _linear(context, m, k, n)
+            like = row or Row("int8_linear", {"m": m, "k": k, "n": n}, OURS, "ours", "default", context.threads, "")
+            ours = find(context.rows, like, OURS_AVX2) if held else row
+            mkl = find(context.rows, like, MKL_AVX2 if held else FP32)
+
+            def ratio(r: Row, mkl: Row | None = mkl) -> float | None:
+                return mkl.median / r.median if mkl is not None and mkl.ok else None
+
+            parts.append(_part(where, ours, ratio, f"fp32: {_missing(mkl)}"))
+    return parts
+
+
+def int8_avx2_condition(context: Context) -> str | None:
+    if machine.above("avx2", context.cpu_level):
+        return "not measurable: this CPU has no AVX2"
+    if context.cpu_level == "avx2" and context.isa != "avx2":
+        return f"not measurable: the level in use is {context.isa}"
+    return one_thread(context)
+
+
+def int8_avx2_note(context: Context) -> str:
+    values = [part.value for part in int8_avx2(context) if part.value is not None]
+    note = f"geometric mean {geomean(values):.2f}" if values else ""
+    madd, fma = context.ceilings.get("madd_avx2"), context.ceilings.get("fma_avx2")
+    if madd and fma:
+        note += f"; this CPU's vpmaddwd + vpaddd rate is {madd / fma:.2f} of its AVX2 FMA rate"
+    return note.removeprefix("; ")
+
+
+def int8_call(context: Context) -> list[Part]:
+    row = context.ours("call_cost", m=16, k=16, n=16)
+
+    def ratio(r: Row) -> float | None:
+        linear = find(context.rows, r, FP32)
+        return r.median / linear.median if linear is not None and linear.ok else None
+
+    return [_part("16x16", row, ratio, "F.linear was not measured")]
+
+
+BARS: tuple[Bar, ...] = (
+    Bar(
+        "int8-compute",
+        "int8_gemm",
+        "int8_linear, one thread, M = 64, 128, 512: fraction of the VNNI ceiling, quantize and epilogue included",
+        int8_compute,
+        at_least=0.85,
+        condition=vnni512,
+    ),
+    Bar(
+        "int8-read",
+        "int8_gemm",
+        "int8_linear, one thread, M = 1: fraction of the read bandwidth of the level the weights lie in",
+        int8_read,
+        at_least=0.88,
+        condition=one_thread,
+    ),
+    Bar(
+        "int8-fused",
+        "int8_gemm",
+        "int8_linear, one thread: geometric mean over all M and shapes of the ratio to the best fused torch peer",
+        int8_fused,
+        at_least=1.5,
+        mean=True,
+        condition=one_thread,
+        note=int8_fused_note,
+    ),
+    Bar(
+        "int8-avx2",
+        "int8_gemm",
+        "int8_linear on AVX2, one thread: ratio to torch fp32 (MKL) held to AVX2, every M and shape",
+        int8_avx2,
+        at_least=1.35,
+        condition=int8_avx2_condition,
+        note=int8_avx2_note,
+    ),
+    Bar(
+        "int8-call",
+        "int8_gemm",
+        "one call on 16x16, no gradient needed, default mode: time over torch.nn.functional.linear",
+        int8_call,
+        at_most=1.2,
+        condition=one_thread,
+    ),
+)

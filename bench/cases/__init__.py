@@ -1,0 +1,1 @@
+"""One file a family: its cases, its peers, its checks."""

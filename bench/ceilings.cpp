@@ -1,0 +1,280 @@
+// Ceilings of this machine: what one core (or `threads` of them) can compute from registers, read and copy.
+//
+// Built at bench time without -m flags: each function carries its own target attribute, so the library builds on
+// any x86 and ceil_features() says at run time which functions may be called. Every function returns a rate
+// (operations or bytes a second), the sum over the threads.
+#include <immintrin.h>
+#include <cpuid.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define HAS_AVXVNNI 1
+#else
+#define HAS_AVXVNNI 0
+#endif
+
+#define AVX2 __attribute__((target("avx2,fma"), noinline))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), noinline))
+#define AVXVNNI __attribute__((target("avx2,avxvnni"), noinline))
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// ---- compute ----
+// One instruction after another on independent accumulators, from registers: enough of them to cover latency x ports.
+// Registers are named in asm because compilers keep an array of accumulators in memory, which halves the rate.
+
+constexpr int kIters = 4096;
+constexpr int kNarrow = 12;  // ymm0..11; ymm14, 15 are the operands
+constexpr int kWide = 20;    // zmm0..19; zmm30, 31 are the operands
+constexpr int kMadd = 8;     // ymm0..7; products in ymm8..11
+
+#define YMM12(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7) f(8) f(9) f(10) f(11)
+#define ZMM20(f) YMM12(f) f(12) f(13) f(14) f(15) f(16) f(17) f(18) f(19)
+#define CLOBBER_YMM                                                                                            \
+  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",   \
+      "xmm13", "xmm14", "xmm15"
+#define CLOBBER_ZMM CLOBBER_YMM, "xmm16", "xmm17", "xmm18", "xmm19", "xmm30", "xmm31"
+
+#define ZERO_Y(i) "vpxor %%xmm" #i ", %%xmm" #i ", %%xmm" #i "\n"
+#define ZERO_Z(i) "vpxord %%zmm" #i ", %%zmm" #i ", %%zmm" #i "\n"
+#define FMA_Y(i) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #i "\n"
+#define FMA_Z(i) "vfmadd231ps %%zmm30, %%zmm31, %%zmm" #i "\n"
+#define VNNI_Y(i) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"
+#define VNNI_Z(i) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #i "\n"
+#define MADD(i) "vpmaddwd %%ymm14, %%ymm15, %%ymm" #i "\n"
+#define ADD(from, i) "vpaddd %%ymm" #from ", %%ymm" #i ", %%ymm" #i "\n"
+
+AVX2 void fma_avx2() {
+  asm volatile(YMM12(ZERO_Y) ZERO_Y(14) ZERO_Y(15)::: CLOBBER_YMM);
+  for (int i = 0; i < kIters; i++) asm volatile(YMM12(FMA_Y)::: CLOBBER_YMM);
+}
+
+AVX512 void fma_avx512() {
+  asm volatile(ZMM20(ZERO_Z) ZERO_Z(30) ZERO_Z(31)::: CLOBBER_ZMM);
+  for (int i = 0; i < kIters; i++) asm volatile(ZMM20(FMA_Z)::: CLOBBER_ZMM);
+}
+
+AVX512 void vnni_avx512() {
+  for (int i = 0; i < kIters; i++) asm volatile(ZMM20(VNNI_Z)::: CLOBBER_ZMM);
+}
+
+#if HAS_AVXVNNI
+AVXVNNI void vnni_avxvnni() {
+  for (int i = 0; i < kIters; i++) asm volatile(YMM12(VNNI_Y)::: CLOBBER_YMM);
+}
+#endif
+
+// Four products, then four additions: on Zen 1 (where both share a pipe) 6% faster than one by one.
+AVX2 void maddwd_avx2() {
+  for (int i = 0; i < kIters; i++)
+    asm volatile(MADD(8) MADD(9) MADD(10) MADD(11) ADD(8, 0) ADD(9, 1) ADD(10, 2) ADD(11, 3)
+                 MADD(8) MADD(9) MADD(10) MADD(11) ADD(8, 4) ADD(9, 5) ADD(10, 6) ADD(11, 7)
+                 ::: CLOBBER_YMM);
+}
+
+// ---- read: `streams` regions at once, each read in 256-byte steps; prefetch is a distance in bytes, 0 for none ----
+
+template <int streams, bool prefetch>
+AVX2 void read_avx2(const char* p, size_t bytes, size_t distance) {
+  const size_t part = bytes / streams & ~size_t(255);
+  __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
+  for (size_t i = 0; i < part; i += 256) {
+#pragma GCC unroll 4
+    for (int s = 0; s < streams; s++) {
+      const char* q = p + s * part + i;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++)
+        if constexpr (prefetch) _mm_prefetch(q + distance + 64 * j, _MM_HINT_T0);
+#pragma GCC unroll 2
+      for (int j = 0; j < 256; j += 128) {
+        a = _mm256_or_si256(a, _mm256_loadu_si256((const __m256i*)(q + j)));
+        b = _mm256_or_si256(b, _mm256_loadu_si256((const __m256i*)(q + j + 32)));
+        c = _mm256_or_si256(c, _mm256_loadu_si256((const __m256i*)(q + j + 64)));
+        d = _mm256_or_si256(d, _mm256_loadu_si256((const __m256i*)(q + j + 96)));
+      }
+    }
+  }
+  a = _mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d));
+  asm volatile("" ::"x"(a));  // or the loads would be dropped
+}
+
+template <int streams, bool prefetch>
+AVX512 void read_avx512(const char* p, size_t bytes, size_t distance) {
+  const size_t part = bytes / streams & ~size_t(255);
+  __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
+  for (size_t i = 0; i < part; i += 256) {
+#pragma GCC unroll 4
+    for (int s = 0; s < streams; s++) {
+      const char* q = p + s * part + i;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++)
+        if constexpr (prefetch) _mm_prefetch(q + distance + 64 * j, _MM_HINT_T0);
+      a = _mm512_or_si512(a, _mm512_loadu_si512(q));
+      b = _mm512_or_si512(b, _mm512_loadu_si512(q + 64));
+      c = _mm512_or_si512(c, _mm512_loadu_si512(q + 128));
+      d = _mm512_or_si512(d, _mm512_loadu_si512(q + 192));
+    }
+  }
+  a = _mm512_or_si512(_mm512_or_si512(a, b), _mm512_or_si512(c, d));
+  asm volatile("" ::"v"(a));
+}
+
+// ---- copy ----
+
+template <bool streaming>
+AVX2 void copy_avx2(char* to, const char* from, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 128) {
+    _mm_prefetch(from + i + 4096, _MM_HINT_T0);
+    _mm_prefetch(from + i + 4096 + 64, _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int j = 0; j < 128; j += 32) {
+      __m256i v = _mm256_load_si256((const __m256i*)(from + i + j));
+      if constexpr (streaming)
+        _mm256_stream_si256((__m256i*)(to + i + j), v);
+      else
+        _mm256_store_si256((__m256i*)(to + i + j), v);
+    }
+  }
+  if (streaming) _mm_sfence();
+}
+
+// ---- running ----
+
+// make(thread) returns the body to repeat (it may allocate and warm up); per_call is the work of one body.
+template <class Make>
+double run(int threads, double seconds, double per_call, Make make) {
+  std::atomic<int> ready{0};
+  std::vector<double> rates(threads);
+  auto worker = [&](int t) {
+    auto body = make(t);
+    body();
+    ready++;
+    while (ready.load() < threads) std::this_thread::yield();  // all start together, or the first runs alone
+    auto start = Clock::now();
+    double calls = 0, elapsed;
+    do {
+      body();
+      calls++;
+      elapsed = since(start);
+    } while (elapsed < seconds);
+    rates[t] = calls * per_call / elapsed;
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; t++) others.emplace_back(worker, t);
+  worker(0);
+  for (auto& other : others) other.join();
+  double sum = 0;
+  for (double rate : rates) sum += rate;
+  return sum;
+}
+
+struct Buffer {
+  char* p;
+  explicit Buffer(size_t bytes) {
+    p = static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
+    if (p) std::memset(p, 1, bytes);
+  }
+  ~Buffer() { std::free(p); }
+  Buffer(const Buffer&) = delete;
+};
+
+using Read = void (*)(const char*, size_t, size_t);
+constexpr Read kReads[2][4] = {
+    {read_avx2<1, false>, read_avx2<1, true>, read_avx2<4, false>, read_avx2<4, true>},
+    {read_avx512<1, false>, read_avx512<1, true>, read_avx512<4, false>, read_avx512<4, true>}};
+
+}  // namespace
+
+extern "C" {
+
+// Bits: 1 avx2 + fma, 2 avxvnni, 4 avx512f, 8 avx512-vnni (with bw and vl).
+unsigned ceil_features() {
+  __builtin_cpu_init();
+  unsigned bits = 0, a, b, c, d;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) bits |= 1;
+  if ((bits & 1) && HAS_AVXVNNI && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4))) bits |= 2;
+  if (__builtin_cpu_supports("avx512f")) bits |= 4;
+  if ((bits & 4) && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni"))
+    bits |= 8;
+  return bits;
+}
+
+// kind: 0 fma avx2, 1 fma avx512, 2 vpmaddwd + vpaddd avx2, 3 vpdpbusd avxvnni, 4 vpdpbusd avx512.
+// Operations a second; a multiply and an add count as two. The caller has asked ceil_features().
+double ceil_compute(int kind, double seconds, int threads) {
+  struct Kind {
+    void (*body)();
+    double ops;  // of one body; an instruction's: 2 x lanes (fp32), 2 x 16 products (vpmaddwd), 2 x bytes (vpdpbusd)
+  };
+#if HAS_AVXVNNI
+  constexpr auto avxvnni = vnni_avxvnni;
+#else
+  constexpr void (*avxvnni)() = nullptr;
+#endif
+  constexpr double wide = double(kIters) * kWide, narrow = double(kIters) * kNarrow;
+  const Kind kinds[] = {{fma_avx2, 16 * narrow},
+                        {fma_avx512, 32 * wide},
+                        {maddwd_avx2, 32.0 * kIters * kMadd},
+                        {avxvnni, 64 * narrow},
+                        {vnni_avx512, 128 * wide}};
+  if (kind < 0 || kind > 4 || !kinds[kind].body) return -1;
+  return run(threads, seconds, kinds[kind].ops, [&](int) { return kinds[kind].body; });
+}
+
+// width: 0 avx2, 1 avx512; variant: 0 one stream, 1 one stream + prefetch, 2 four streams, 3 four + prefetch.
+// `bytes` is each thread's own set.
+double ceil_read(int width, int variant, size_t bytes, double seconds, int threads) {
+  if (width < 0 || width > 1 || variant < 0 || variant > 3) return -1;
+  const size_t used = bytes / 1024 * 1024;
+  if (!used) return -1;
+  std::vector<Buffer*> buffers;
+  for (int t = 0; t < threads; t++) buffers.push_back(new Buffer(used));
+  bool ok = true;
+  for (auto* buffer : buffers) ok = ok && buffer->p;
+  // Small sets are read many times between two looks at the clock.
+  const size_t repeats = used < (1u << 20) ? (1u << 20) / used : 1;
+  double rate = -1;
+  if (ok)
+    rate = run(threads, seconds, double(used) * repeats, [&](int t) {
+      const char* p = buffers[t]->p;
+      return [=] {
+        for (size_t r = 0; r < repeats; r++) kReads[width][variant](p, used, 2048);
+      };
+    });
+  for (auto* buffer : buffers) delete buffer;
+  return rate;
+}
+
+// Bytes read plus bytes written a second.
+double ceil_copy(int streaming, size_t bytes, double seconds, int threads) {
+  const size_t used = bytes / 4096 * 4096;
+  if (!used) return -1;
+  std::vector<Buffer*> buffers;
+  for (int t = 0; t < 2 * threads; t++) buffers.push_back(new Buffer(used));
+  bool ok = true;
+  for (auto* buffer : buffers) ok = ok && buffer->p;
+  double rate = -1;
+  if (ok)
+    rate = run(threads, seconds, 2.0 * used, [&](int t) {
+      char* to = buffers[2 * t]->p;
+      const char* from = buffers[2 * t + 1]->p;
+      return [=] { streaming ? copy_avx2<true>(to, from, used) : copy_avx2<false>(to, from, used); };
+    });
+  for (auto* buffer : buffers) delete buffer;
+  return rate;
+}
+
+}  // extern "C"

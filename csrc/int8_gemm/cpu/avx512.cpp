@@ -1,0 +1,259 @@
+// int8_gemm, AVX-512-VNNI (F, BW, VL, DQ, VNNI): exact, -128 included.
+// Idea     vpdpbusd wants u8 * s8: x is stored as x_q + 128, and the sums start at -128 * column_sum, so it costs nothing.
+// Tile     up to 14 rows x 32 columns: 28 sums + 2 weights + 1 broadcast = 31 of 32 registers.
+//          Few rows (up to 6): 64 columns, four weight streams share a broadcast; 1 and 2 rows keep two sets of sums
+//          (even and odd steps), so that the latency of vpdpbusd stays hidden.
+// Reads    vnni16: one 64-byte load per 16 columns x 4 k; x by vpbroadcastd, 4 k of one row.
+// Tails    n: the caller copies only its columns; k: weights are zero-padded; m: smaller instances.
+// Bound    per 4 k of 14 x 32: 28 vpdpbusd on two ports = 14 cycles, 16 loads = 8 cycles: compute, once the weights
+//          are in L2. One row: the read bandwidth of the level the weights lie in.
+// Prefetch the next column panel comes to L2 (prefetcht1) evenly under the current one; few rows from L3 or DRAM read
+//          1 KB ahead (prefetcht0), none where the weights lie in L2.
+// Measured docs/kernels/int8_gemm.md
+#include "../../runtime/simd/avx512.h"
+
+namespace {
+
+struct Panel {
+  static constexpr int kBytes = 1;
+  static constexpr int kOffset = 128;
+  static __m512i flip(__m512i s8) { return _mm512_xor_si512(s8, _mm512_set1_epi8(-128)); }  // s8 -> s8 + 128 as u8
+  static void store4(uint8_t* p, __m512i q0, __m512i q1, __m512i q2, __m512i q3) {
+    // The packs work in quarters; the permutation gathers dword i of quarter j from place 4 * i + j.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i s8 = _mm512_packs_epi16(_mm512_packs_epi32(q0, q1), _mm512_packs_epi32(q2, q3));
+    _mm512_storeu_si512(p, flip(_mm512_permutexvar_epi32(order, s8)));
+  }
+  static void store4(uint8_t* p, const int8_t* a) { _mm512_storeu_si512(p, flip(_mm512_loadu_si512(a))); }
+};
+
+}  // namespace
+
+#include "elementwise.inl"
+
+namespace {
+
+constexpr int kRows = 14;
+constexpr int kFewRows = 6;
+constexpr int kManyColumns = 32;
+
+// Registers are named through nested structs, one level a row and one a vector: gcc 12 spills an array of them.
+template <int kVecs>
+struct Vecs {
+  Vecs<kVecs - 1> rest;
+  __m512i v;
+};
+template <>
+struct Vecs<0> {};
+
+inline void load(Vecs<0>&, const int8_t*, int64_t) {}
+template <int kVecs>
+inline void load(Vecs<kVecs>& b, const int8_t* w, int64_t panel_stride) {
+  load(b.rest, w, panel_stride);
+  b.v = _mm512_loadu_si512(w + (kVecs - 1) * panel_stride);
+}
+
+inline void prefetch(Vecs<0>, const int8_t*, int64_t) {}
+template <int kVecs>
+inline void prefetch(Vecs<kVecs>, const int8_t* w, int64_t panel_stride) {
+  prefetch(Vecs<kVecs - 1>(), w, panel_stride);
+  _mm_prefetch(reinterpret_cast<const char*>(w + (kVecs - 1) * panel_stride), _MM_HINT_T0);
+}
+
+inline void start(Vecs<0>&, const int32_t*, __m512i) {}
+template <int kVecs>
+inline void start(Vecs<kVecs>& s, const int32_t* column_sum, __m512i offset) {
+  start(s.rest, column_sum, offset);
+  s.v = _mm512_mullo_epi32(Simd::load_s32(column_sum + 16 * (kVecs - 1)), offset);
+}
+
+inline void clear(Vecs<0>&) {}
+template <int kVecs>
+inline void clear(Vecs<kVecs>& s) {
+  clear(s.rest);
+  s.v = _mm512_setzero_si512();
+}
+
+inline void multiply_add(Vecs<0>&, const Vecs<0>&, __m512i) {}
+template <int kVecs>
+inline void multiply_add(Vecs<kVecs>& s, const Vecs<kVecs>& b, __m512i a) {
+  multiply_add(s.rest, b.rest, a);
+  s.v = _mm512_dpbusd_epi32(s.v, a, b.v);
+}
+
+inline void store(const Vecs<0>&, int32_t*) {}
+template <int kVecs>
+inline void store(const Vecs<kVecs>& s, int32_t* acc) {
+  store(s.rest, acc);
+  _mm512_storeu_si512(acc + 16 * (kVecs - 1), s.v);
+}
+
+inline void add(Vecs<0>&, const Vecs<0>&) {}
+template <int kVecs>
+inline void add(Vecs<kVecs>& s, const Vecs<kVecs>& other) {
+  add(s.rest, other.rest);
+  s.v = _mm512_add_epi32(s.v, other.v);
+}
+
+// kCount rows of sums.
+template <int kCount, int kVecs>
+struct Sums {
+  Sums<kCount - 1, kVecs> above;
+  Vecs<kVecs> row;
+};
+template <int kVecs>
+struct Sums<0, kVecs> {};
+
+template <int kVecs>
+inline void start(Sums<0, kVecs>&, const int32_t*, __m512i) {}
+template <int kCount, int kVecs>
+inline void start(Sums<kCount, kVecs>& s, const int32_t* column_sum, __m512i offset) {
+  start(s.above, column_sum, offset);
+  start(s.row, column_sum, offset);
+}
+
+template <int kVecs>
+inline void clear(Sums<0, kVecs>&) {}
+template <int kCount, int kVecs>
+inline void clear(Sums<kCount, kVecs>& s) {
+  clear(s.above);
+  clear(s.row);
+}
+
+inline __m512i broadcast4(const uint8_t* a) {  // 4 k of one row, for 16 columns
+  int32_t four;
+  memcpy(&four, a, 4);
+  return _mm512_set1_epi32(four);
+}
+
+template <int kVecs>
+inline void step(Sums<0, kVecs>&, const Vecs<kVecs>&, const uint8_t*) {}
+template <int kCount, int kVecs>
+inline void step(Sums<kCount, kVecs>& s, const Vecs<kVecs>& b, const uint8_t* a) {
+  step(s.above, b, a);
+  multiply_add(s.row, b, broadcast4(a + (kCount - 1) * kRowStride));
+}
+
+template <int kVecs>
+inline void add(Sums<0, kVecs>&, const Sums<0, kVecs>&) {}
+template <int kCount, int kVecs>
+inline void add(Sums<kCount, kVecs>& s, const Sums<kCount, kVecs>& other) {
+  add(s.above, other.above);
+  add(s.row, other.row);
+}
+
+template <int kVecs>
+inline void store(const Sums<0, kVecs>&, int32_t*) {}
+template <int kCount, int kVecs>
+inline void store(const Sums<kCount, kVecs>& s, int32_t* acc) {
+  store(s.above, acc);
+  store(s.row, acc + (kCount - 1) * kMaxTileColumns);
+}
+
+constexpr int64_t kBlockSteps = kBlockBytes / kStepK;
+constexpr int64_t kStepBytes = kPanelColumns * kStepK;  // of weights, per column panel
+
+// Many rows: the next column panel is prefetched under this one, `ahead` bytes a step.
+template <int kCount, int kVecs>
+void tile_many(const TileArgs& t) {
+  const int8_t* w = t.weight;
+  const int8_t* next = t.prefetch_next == nullptr ? t.weight : t.prefetch_next;
+  const int64_t ahead = t.prefetch_next == nullptr ? 0 : (t.prefetch_bytes + t.k_steps - 1) / t.k_steps;
+  Sums<kCount, kVecs> sums;
+  start(sums, t.column_sum, _mm512_set1_epi32(-t.offset));
+  const uint8_t* block = t.panel;
+  for (int64_t left = t.k_steps; left > 0; left -= kBlockSteps, block += t.block_stride) {
+    const uint8_t* a = block;
+    const uint8_t* end = a + kStepK * (left < kBlockSteps ? left : kBlockSteps);
+    for (; a != end; a += kStepK, w += kStepBytes) {
+      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(next + 64), _MM_HINT_T1);
+      next += ahead;
+      Vecs<kVecs> b;
+      load(b, w, t.panel_stride);
+      step(sums, b, a);
+    }
+  }
+  store(sums, t.acc);
+}
+
+// Few rows: one or two sets of sums.
+template <int kCount, int kVecs, bool kTwoSets>
+void tile_few(const TileArgs& t) {
+  const int8_t* w = t.weight;
+  Sums<kCount, kVecs> sums, odd;
+  start(sums, t.column_sum, _mm512_set1_epi32(-t.offset));
+  if constexpr (kTwoSets) clear(odd);
+  const uint8_t* block = t.panel;
+  const bool far = t.prefetch_ahead > 0;
+  for (int64_t left = t.k_steps; left > 0; left -= kBlockSteps, block += t.block_stride) {
+    const uint8_t* a = block;
+    int64_t steps = left < kBlockSteps ? left : kBlockSteps;
+    if constexpr (kTwoSets) {
+      for (; steps >= 2; steps -= 2, a += 2 * kStepK, w += 2 * kStepBytes) {
+        if (far) {
+          prefetch(Vecs<kVecs>(), w + t.prefetch_ahead, t.panel_stride);
+          prefetch(Vecs<kVecs>(), w + t.prefetch_ahead + kStepBytes, t.panel_stride);
+        }
+        Vecs<kVecs> b;
+        load(b, w, t.panel_stride);
+        step(sums, b, a);
+        load(b, w + kStepBytes, t.panel_stride);
+        step(odd, b, a + kStepK);
+      }
+    }
+    for (; steps > 0; --steps, a += kStepK, w += kStepBytes) {
+      if (far) prefetch(Vecs<kVecs>(), w + t.prefetch_ahead, t.panel_stride);
+      Vecs<kVecs> b;
+      load(b, w, t.panel_stride);
+      step(sums, b, a);
+    }
+  }
+  if constexpr (kTwoSets) add(sums, odd);
+  store(sums, t.acc);
+}
+
+// Few rows over whatever is left of the columns: 64, then 16 at a time.
+template <int kCount>
+void few(const TileArgs& t) {
+  constexpr bool kTwoSets = kCount <= 2;
+  if (t.columns == kMaxTileColumns) return tile_few<kCount, 4, kTwoSets>(t);
+  TileArgs part = t;
+  for (int64_t n = 0; n < t.columns; n += kPanelColumns) {
+    part.weight = t.weight + n / kPanelColumns * t.panel_stride;
+    part.column_sum = t.column_sum + n;
+    part.acc = t.acc + n;
+    tile_few<kCount, 1, kTwoSets>(part);
+  }
+}
+
+template <int kCount>
+void many(const TileArgs& t) {
+  if (t.columns == kManyColumns) return tile_many<kCount, 2>(t);
+  tile_many<kCount, 1>(t);
+}
+
+void tile(const TileArgs& t) {
+  switch (t.rows) {
+    case 1: return few<1>(t);
+    case 2: return few<2>(t);
+    case 3: return few<3>(t);
+    case 4: return few<4>(t);
+    case 5: return few<5>(t);
+    case 6: return few<6>(t);
+    case 7: return many<7>(t);
+    case 8: return many<8>(t);
+    case 9: return many<9>(t);
+    case 10: return many<10>(t);
+    case 11: return many<11>(t);
+    case 12: return many<12>(t);
+    case 13: return many<13>(t);
+    default: return many<14>(t);
+  }
+}
+
+}  // namespace
+
+const Kernels fs::int8_gemm::kAvx512 = {
+    "avx512",        fs::isa::Level::avx512, fs::isa::kLevelAvx512, Panel::kBytes, Panel::kOffset, kRows, kFewRows,
+    kMaxTileColumns, kManyColumns,           &quantize,             &widen,        &tile,          &epilogue};

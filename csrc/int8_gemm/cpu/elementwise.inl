@@ -1,0 +1,192 @@
+// The steps round a tile: quantize and widen into an A panel, and the epilogue. One body for every level; the level
+// brings simd/<level>.h before this and, after it, `struct Panel`:
+//   kBytes                        bytes of an element of an A panel
+//   kOffset                       what an element is more than x_q
+//   store4(p, q0, q1, q2, q3)     4 vectors of s32 in [-128, 127] -> 4 * kWidth elements
+//   store4(p, const int8_t* a)    4 * kWidth s8 -> as many elements
+#include <float.h>
+#include <string.h>
+
+#include "../../runtime/simd/math.inl"
+#include "../int8_gemm.h"
+
+namespace {
+
+using namespace fs::int8_gemm;
+
+constexpr int kGroup = 4 * Simd::kWidth;  // elements of one store4
+
+// Calls full(k, p) for each whole group of a row and rest(k, p, count) for what is left, p where it goes in the panel.
+template <class Full, class Rest>
+inline void for_each_group(uint8_t* row, int64_t block_stride, int64_t k, const Full& full, const Rest& rest) {
+  constexpr int64_t block = kBlockBytes / Panel::kBytes;
+  static_assert(block % kGroup == 0, "a group lies in one block");
+  for (int64_t begin = 0; begin < k; begin += block, row += block_stride) {
+    const int64_t end = begin + block < k ? begin + block : k;
+    int64_t i = begin;
+    for (; i + kGroup <= end; i += kGroup) full(i, row + (i - begin) * Panel::kBytes);
+    if (i < end) rest(i, row + (i - begin) * Panel::kBytes, static_cast<int>(end - i));
+  }
+}
+
+template <class T>
+inline int32_t absmax_bits(const T* x, int64_t k) {  // of |x| as integers: NaN > inf > every finite value
+  using S = Simd;
+  S::I m0 = S::set1_s32(0), m1 = m0, m2 = m0, m3 = m0;
+  int64_t i = 0;
+  for (; i + kGroup <= k; i += kGroup) {
+    m0 = S::max_s32(m0, S::abs_bits(S::load(x + i)));
+    m1 = S::max_s32(m1, S::abs_bits(S::load(x + i + S::kWidth)));
+    m2 = S::max_s32(m2, S::abs_bits(S::load(x + i + 2 * S::kWidth)));
+    m3 = S::max_s32(m3, S::abs_bits(S::load(x + i + 3 * S::kWidth)));
+  }
+  for (; i + S::kWidth <= k; i += S::kWidth) m0 = S::max_s32(m0, S::abs_bits(S::load(x + i)));
+  if (i < k) m1 = S::max_s32(m1, S::abs_bits(S::load_n(x + i, static_cast<int>(k - i))));
+  return S::reduce_max_s32(S::max_s32(S::max_s32(m0, m1), S::max_s32(m2, m3)));
+}
+
+template <class T>
+inline T zero_of();
+template <>
+inline float zero_of<float>() { return 0.0f; }
+template <>
+inline fs::bf16 zero_of<fs::bf16>() { return {0}; }
+template <>
+inline fs::f16 zero_of<fs::f16>() { return {0}; }
+
+// codes(x vector) -> s32 vector, over a row into its panel.
+template <class T, class Codes>
+inline void write_codes(const T* x, uint8_t* row, int64_t block_stride, int64_t k, const Codes& codes) {
+  using S = Simd;
+  for_each_group(
+      row, block_stride, k,
+      [&](int64_t i, uint8_t* p) {
+        Panel::store4(p, codes(S::load(x + i)), codes(S::load(x + i + S::kWidth)), codes(S::load(x + i + 2 * S::kWidth)),
+                      codes(S::load(x + i + 3 * S::kWidth)));
+      },
+      [&](int64_t i, uint8_t* p, int count) {
+        T rest[kGroup];
+        for (int j = 0; j < kGroup; ++j) rest[j] = j < count ? x[i + j] : zero_of<T>();
+        Panel::store4(p, codes(S::load(rest)), codes(S::load(rest + S::kWidth)), codes(S::load(rest + 2 * S::kWidth)),
+                      codes(S::load(rest + 3 * S::kWidth)));
+      });
+}
+
+template <class T>
+void quantize_dynamic(const QuantizeArgs& a) {
+  using S = Simd;
+  for (int64_t r = 0; r < a.rows; ++r) {
+    const T* x = static_cast<const T*>(a.x) + r * a.x_stride;
+    uint8_t* row = a.panel + r * kRowStride;
+    const int32_t bits = absmax_bits(x, a.k);
+    if (bits >= 0x7f800000) {  // a NaN or an infinity: the whole row of y becomes NaN
+      a.scale[r] = __builtin_nanf("");
+      write_codes(x, row, a.block_stride, a.k, [](S::F) { return S::set1_s32(0); });
+      continue;
+    }
+    float absmax;
+    memcpy(&absmax, &bits, 4);
+    float scale = absmax / 127.0f;
+    if (scale < FLT_MIN) scale = FLT_MIN;  // 1 / scale stays finite; a tiny row just uses fewer of the codes
+    if (bits == 0) scale = 1.0f;
+    a.scale[r] = scale;
+    const S::F inverse = S::set1(1.0f / scale);
+    write_codes(x, row, a.block_stride, a.k, [=](S::F v) { return S::round_s32(S::mul(v, inverse)); });
+  }
+}
+
+template <class T>
+void quantize_static(const QuantizeArgs& a) {
+  using S = Simd;
+  const S::F inverse = S::set1(1.0f / a.static_scale);
+  const S::I zero_point = S::set1_s32(a.static_zero_point);
+  const S::I lowest = S::set1_s32(-128), highest = S::set1_s32(127);
+  for (int64_t r = 0; r < a.rows; ++r) {
+    const T* x = static_cast<const T*>(a.x) + r * a.x_stride;
+    a.scale[r] = a.static_scale;
+    write_codes(x, a.panel + r * kRowStride, a.block_stride, a.k, [=](S::F v) {
+      // Clamped before the conversion: beyond +-256 the code saturates whatever the zero point is.
+      const S::F t = S::max(S::set1(-256.0f), S::min(S::set1(256.0f), S::nan_to_zero(S::mul(v, inverse))));
+      return S::max_s32(lowest, S::min_s32(highest, S::add_s32(S::round_s32(t), zero_point)));
+    });
+  }
+}
+
+template <class T>
+void quantize_as(const QuantizeArgs& a) {
+  if (a.dynamic)
+    quantize_dynamic<T>(a);
+  else
+    quantize_static<T>(a);
+}
+
+void quantize(const QuantizeArgs& a) {
+  switch (a.dtype) {
+    case DType::f32: return quantize_as<float>(a);
+    case DType::bf16: return quantize_as<fs::bf16>(a);
+    case DType::f16: return quantize_as<fs::f16>(a);
+  }
+}
+
+void widen(const WidenArgs& w) {
+  for (int64_t r = 0; r < w.rows; ++r) {
+    const int8_t* a = w.a + r * w.a_stride;
+    for_each_group(
+        w.panel + r * kRowStride, w.block_stride, w.k, [&](int64_t i, uint8_t* p) { Panel::store4(p, a + i); },
+        [&](int64_t i, uint8_t* p, int count) {
+          int8_t rest[kGroup] = {};
+          memcpy(rest, a + i, static_cast<size_t>(count));
+          Panel::store4(p, rest);
+        });
+  }
+}
+
+template <Activation kActivation>
+inline Simd::F activate(Simd::F y) {
+  if constexpr (kActivation == Activation::relu) return relu(y);
+  if constexpr (kActivation == Activation::gelu) return gelu(y);
+  if constexpr (kActivation == Activation::silu) return silu(y);
+  return y;
+}
+
+template <Activation kActivation, class T>
+void epilogue_as(const EpilogueArgs& e) {
+  using S = Simd;
+  for (int64_t r = 0; r < e.rows; ++r) {
+    const int32_t* acc = e.acc + r * kMaxTileColumns;
+    T* y = static_cast<T*>(e.y) + r * e.y_stride;
+    const S::F x_scale = S::set1(e.x_scale[r]);
+    const auto result = [&](S::I sum, S::F weight_scale, S::F bias) {
+      return activate<kActivation>(S::fma(S::to_f32(sum), S::mul(x_scale, weight_scale), bias));
+    };
+    // Without a bias -0.0 is added, which changes nothing, not even the sign of a zero.
+    const S::F no_bias = S::set1(-0.0f);
+    int64_t j = 0;
+    for (; j + S::kWidth <= e.columns; j += S::kWidth)
+      S::store(y + j, result(S::load_s32(acc + j), S::load(e.weight_scale + j), e.bias ? S::load(e.bias + j) : no_bias));
+    if (j < e.columns) {
+      const int n = static_cast<int>(e.columns - j);
+      S::store_n(y + j, result(S::load_s32_n(acc + j, n), S::load_n(e.weight_scale + j, n), e.bias ? S::load_n(e.bias + j, n) : no_bias), n);
+    }
+  }
+}
+
+template <Activation kActivation>
+void epilogue_with(const EpilogueArgs& e) {
+  switch (e.dtype) {
+    case DType::f32: return epilogue_as<kActivation, float>(e);
+    case DType::bf16: return epilogue_as<kActivation, fs::bf16>(e);
+    case DType::f16: return epilogue_as<kActivation, fs::f16>(e);
+  }
+}
+
+void epilogue(const EpilogueArgs& e) {
+  switch (e.activation) {
+    case Activation::none: return epilogue_with<Activation::none>(e);
+    case Activation::relu: return epilogue_with<Activation::relu>(e);
+    case Activation::gelu: return epilogue_with<Activation::gelu>(e);
+    case Activation::silu: return epilogue_with<Activation::silu>(e);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,168 @@
+// Blocking, threads, scratch and tails of int8_gemm; knows no ISA.
+#include <algorithm>
+#include <cstring>
+
+#include "../../runtime/parallel.h"
+#include "../../runtime/workspace.h"
+#include "../formats/vnni16.h"
+#include "../int8_gemm.h"
+#include "../select.h"
+
+namespace fs::int8_gemm {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// The packed weight as tiles read it.
+struct Weight {
+  const int8_t* data;
+  const int32_t* column_sum;
+  int64_t n, k;
+  int64_t panel_stride() const { return kPanelColumns * vnni16::padded_k(k); }
+};
+
+// A thread's scratch for one chunk of rows: the panel, then the scales, then one tile of sums.
+struct ChunkScratch {
+  uint8_t* panel;
+  int64_t block_stride;
+  float* scale;
+  int32_t* acc;
+
+  ChunkScratch(const Kernels& kernels, int64_t rows, int64_t k) {
+    const int64_t blocks = std::max<int64_t>(ceil_div(vnni16::padded_k(k) * kernels.panel_bytes, kBlockBytes), 1);
+    block_stride = rows * kRowStride;
+    const int64_t panel_bytes = round_up(blocks * block_stride, 64);
+    const int64_t scale_bytes = round_up(rows * static_cast<int64_t>(sizeof(float)), 64);
+    const int64_t acc_bytes = kMaxTileRows * kMaxTileColumns * static_cast<int64_t>(sizeof(int32_t));
+    panel = scratch(static_cast<size_t>(panel_bytes + scale_bytes + acc_bytes));
+    scale = reinterpret_cast<float*>(panel + panel_bytes);
+    acc = reinterpret_cast<int32_t*>(panel + panel_bytes + scale_bytes);
+  }
+};
+
+// All tiles of a chunk of `rows` rows over columns [n_begin, n_end). `finish(row, rows, column, columns)` takes each
+// tile's sums. Column panels outside, row tiles inside: a column panel is read from L2 once a chunk and stays in L1.
+template <class Finish>
+void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, const Weight& w, int64_t n_begin,
+                   int64_t n_end, int32_t offset, const Finish& finish) {
+  const int64_t tiles = ceil_div(rows, kernels.max_rows);
+  const int64_t tile_rows = ceil_div(rows, tiles);  // even: 26 rows are 13 + 13
+  const int64_t width = columns_for(kernels, tile_rows);
+  const int64_t n_padded = round_up(n_end, kPanelColumns);
+  const int64_t stride = w.panel_stride();
+  for (int64_t n = n_begin; n < n_end; n += width) {
+    const int64_t columns = std::min(width, n_padded - n);
+    const int8_t* weight = w.data + n / kPanelColumns * stride;
+    const int64_t next_columns = std::min(width, n_padded - n - columns);
+    for (int64_t row = 0; row < rows; row += tile_rows) {
+      TileArgs t;
+      t.panel = s.panel + row * kRowStride;
+      t.block_stride = s.block_stride;
+      t.rows = std::min(tile_rows, rows - row);
+      t.weight = weight;
+      t.panel_stride = stride;
+      t.columns = columns;
+      t.column_sum = w.column_sum + n;
+      t.offset = offset;
+      t.k_steps = vnni16::padded_k(w.k) / kStepK;
+      t.acc = s.acc;
+      const bool few = tiles == 1 && tile_rows <= kernels.few_rows;
+      t.prefetch_ahead = few ? prefetch_ahead(w.n, w.k) : 0;
+      // Each row tile brings its share of the next column panel to L2.
+      const int64_t share = ceil_div(next_columns / kPanelColumns * stride, tiles);
+      t.prefetch_next = few || next_columns <= 0 ? nullptr : weight + columns / kPanelColumns * stride + row / tile_rows * share;
+      t.prefetch_bytes = share;
+      kernels.tile(t);
+      finish(row, t.rows, n, std::min(columns, n_end - n));
+    }
+  }
+}
+
+// Calls body(row_begin, row_end, n_begin, n_end) for parts of [0, m) x [0, n), one a thread.
+template <class Body>
+void split(int64_t m, int64_t n, int64_t k, const Body& body) {
+  const int64_t threads = m * n * k < (int64_t{1} << 17) ? 1 : num_threads();  // 16x16 to 48x48: a region costs more
+  if (threads <= 1) return body(0, m, 0, n);
+  if (split_rows(m, n, k)) {
+    const int64_t part = ceil_div(m, threads);
+    parallel_for(ceil_div(m, part), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i * part, std::min((i + 1) * part, m), 0, n);
+    });
+  } else {
+    const int64_t part = round_up(ceil_div(n, threads), kMaxTileColumns);
+    parallel_for(ceil_div(n, part), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(0, m, i * part, std::min((i + 1) * part, n));
+    });
+  }
+}
+
+int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+}  // namespace
+
+void linear(const Kernels& kernels, const LinearArgs& args) {
+  if (args.m == 0 || args.n == 0) return;
+  const Weight w{vnni16::weights(args.weight), vnni16::column_sums(args.weight, args.n, args.k), args.n, args.k};
+  const int32_t offset = kernels.panel_offset + (args.dynamic ? 0 : args.x_zero_point);
+  const int64_t bytes = element_bytes(args.dtype);
+  split(args.m, args.n, args.k, [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
+    const int64_t chunk = chunk_rows(kernels, row_end - row_begin, args.k);
+    const ChunkScratch s(kernels, chunk, args.k);
+    for (int64_t m = row_begin; m < row_end; m += chunk) {
+      const int64_t rows = std::min(chunk, row_end - m);
+      QuantizeArgs q;
+      q.x = static_cast<const char*>(args.x) + m * args.x_stride * bytes;
+      q.dtype = args.dtype;
+      q.x_stride = args.x_stride;
+      q.rows = rows;
+      q.k = args.k;
+      q.panel = s.panel;
+      q.block_stride = s.block_stride;
+      q.dynamic = args.dynamic;
+      q.static_scale = args.x_scale;
+      q.static_zero_point = args.x_zero_point;
+      q.scale = s.scale;
+      kernels.quantize(q);
+      for_each_tile(kernels, s, rows, w, n_begin, n_end, offset,
+                    [&](int64_t row, int64_t tile_rows, int64_t n, int64_t columns) {
+                      EpilogueArgs e;
+                      e.acc = s.acc;
+                      e.rows = tile_rows;
+                      e.columns = columns;
+                      e.x_scale = s.scale + row;
+                      e.weight_scale = args.weight_scale + n;
+                      e.bias = args.bias == nullptr ? nullptr : args.bias + n;
+                      e.activation = args.activation;
+                      e.y = static_cast<char*>(args.y) + ((m + row) * args.n + n) * bytes;
+                      e.dtype = args.dtype;
+                      e.y_stride = args.n;
+                      kernels.epilogue(e);
+                    });
+    }
+  });
+}
+
+void matmul(const Kernels& kernels, const MatmulArgs& args) {
+  if (args.m == 0 || args.n == 0) return;
+  // B comes unpacked: packing it is a pass over K*N bytes beside the M*K*N of the product.
+  const AlignedBytes packed = allocate_aligned(static_cast<size_t>(vnni16::pack_bytes(args.n, args.k)));
+  vnni16::pack(args.b, args.b_stride_n, args.b_stride_k, args.n, args.k, packed.get());
+  const Weight w{vnni16::weights(packed.get()), vnni16::column_sums(packed.get(), args.n, args.k), args.n, args.k};
+  split(args.m, args.n, args.k, [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
+    const int64_t chunk = chunk_rows(kernels, row_end - row_begin, args.k);
+    const ChunkScratch s(kernels, chunk, args.k);
+    for (int64_t m = row_begin; m < row_end; m += chunk) {
+      const int64_t rows = std::min(chunk, row_end - m);
+      kernels.widen({args.a + m * args.a_stride, args.a_stride, rows, args.k, s.panel, s.block_stride});
+      for_each_tile(kernels, s, rows, w, n_begin, n_end, kernels.panel_offset,
+                    [&](int64_t row, int64_t tile_rows, int64_t n, int64_t columns) {
+                      for (int64_t r = 0; r < tile_rows; ++r)
+                        std::memcpy(args.c + (m + row + r) * args.n + n, s.acc + r * kMaxTileColumns,
+                                    static_cast<size_t>(columns) * sizeof(int32_t));
+                    });
+    }
+  });
+}
+
+}  // namespace fs::int8_gemm

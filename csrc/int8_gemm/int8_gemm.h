@@ -1,0 +1,146 @@
+// int8_gemm: the contract of every kernel of the family. Read this first. Torch-free.
+//
+//   int8_mm      C[M,N] s32 = A[M,K] s8 * B[K,N] s8                       exact: |C| < 2^31 while K <= 131071
+//   int8_linear  y[M,N] = act(x_q W^T * x_scale * weight_scale + bias)    x_q from x[M,K] in three ways:
+//     dynamic    x_scale[m] = max(absmax_k |x[m,k]| / 127, FLT_MIN), 1 for a row of zeros, NaN for a row with a
+//                NaN or an infinity; x_q = round_half_even(x * (1 / x_scale)), in [-127, 127]
+//     static     x_q = clamp(round_half_even(x * (1 / x_scale)) + zero_point, -128, 127), NaN -> zero_point;
+//                the integer sum is over (x_q - zero_point), so K <= 65793
+//   and y computed in float32 as act(fma(float(sum), x_scale * weight_scale, bias)), one rounding to y's type.
+//
+// The work is cut into four steps; a Kernels row holds one ISA level's version of each:
+//
+//   x --quantize--> A panel --tile--> acc s32[rows][columns] --epilogue--> y
+//   a s8 ---widen--^
+//
+// A *panel* is a chunk of rows of x as the tile wants to read them: u8 = s8 + 128 or s16, in blocks of
+// kBlockBytes of each row, so that inside a tile a row's address is a constant displacement:
+//   element (r, k) at block_stride * (k / block) + kRowStride * r + panel_bytes * (k % block),
+//   block = kBlockBytes / panel_bytes; K is padded to a multiple of 4 (the pad meets weights that are zero).
+// A *column panel* is 16 columns of the packed weight (formats/vnni16.h).
+// A *tile* is at most max_rows x max_columns sums, all held in registers over the whole of K.
+//
+// Exactness: quantize, widen and tile give the same integers on every level, epilogue the same bits: each rounds
+// where this header says and nowhere else. Nothing is read or written outside the stated ranges.
+#pragma once
+#include <stdint.h>
+
+#include "../runtime/features.h"
+
+namespace fs::int8_gemm {
+
+enum class DType : int { f32, bf16, f16 };
+enum class Activation : int { none, relu, gelu, silu };  // gelu: the exact one, x * Phi(x)
+
+inline constexpr int kPanelColumns = 16;      // columns of one packed weight panel
+inline constexpr int kStepK = 4;              // k of one step of a tile
+inline constexpr int64_t kBlockBytes = 1024;  // bytes of one row in one block of an A panel
+inline constexpr int64_t kRowStride = 1088;   // + 64: rows of a block fall into different L1 sets
+inline constexpr int kMaxTileRows = 16;
+inline constexpr int kMaxTileColumns = 64;
+
+inline constexpr int64_t kMaxK = 131071;       // 128 * 128 * K < 2^31
+inline constexpr int64_t kMaxKAffine = 65793;  // 255 * 128 * K < 2^31
+
+struct QuantizeArgs {
+  const void* x;  // [rows, k] of dtype, rows x_stride elements apart
+  DType dtype;
+  int64_t x_stride;
+  int64_t rows, k;
+  uint8_t* panel;
+  int64_t block_stride;  // bytes between the blocks of a panel
+  bool dynamic;
+  float static_scale;          // dynamic false: finite, > 0
+  int32_t static_zero_point;   // dynamic false: in [-128, 127]
+  float* scale;                // [rows], written
+};
+
+struct WidenArgs {
+  const int8_t* a;  // [rows, k], rows a_stride elements apart
+  int64_t a_stride;
+  int64_t rows, k;
+  uint8_t* panel;
+  int64_t block_stride;
+};
+
+// acc[r * kMaxTileColumns + j] = -offset * column_sum[j] + sum_k A(r, k) * W(j, k), for r < rows, j < columns.
+// With offset = panel_offset + zero_point this is the sum over (x_q - zero_point): the compensation costs nothing.
+struct TileArgs {
+  const uint8_t* panel;  // row 0 of the tile, block 0
+  int64_t block_stride;
+  int64_t rows;          // 1 .. max_rows
+  const int8_t* weight;  // first column panel
+  int64_t panel_stride;  // bytes between column panels: 16 * Kp
+  int64_t columns;       // a multiple of 16, at most columns_for(rows)
+  const int32_t* column_sum;
+  int32_t offset;
+  int64_t k_steps;  // Kp / 4
+  int32_t* acc;
+  int64_t prefetch_ahead;      // > 0: weights are prefetched so many bytes ahead of their use (few rows, from L3 or DRAM)
+  const int8_t* prefetch_next; // not null: prefetch_bytes from here go to L2 meanwhile (many rows: the next panel)
+  int64_t prefetch_bytes;
+};
+
+struct EpilogueArgs {
+  const int32_t* acc;  // [rows][kMaxTileColumns]
+  int64_t rows, columns;
+  const float* x_scale;       // [rows]
+  const float* weight_scale;  // [columns]
+  const float* bias;          // [columns] or null
+  Activation activation;
+  void* y;  // [rows, columns] of dtype, rows y_stride elements apart
+  DType dtype;
+  int64_t y_stride;
+};
+
+struct Kernels {
+  const char* name;
+  isa::Level level;
+  uint32_t features;
+  int panel_bytes;    // bytes of one element of an A panel
+  int panel_offset;   // what an element is more than x_q: 128 (u8) or 0 (s16)
+  int max_rows;       // of one tile
+  int few_rows;       // tiles of at most so many rows are few_columns wide, taller ones many_columns
+  int few_columns, many_columns;
+  void (*quantize)(const QuantizeArgs&);
+  void (*widen)(const WidenArgs&);
+  void (*tile)(const TileArgs&);
+  void (*epilogue)(const EpilogueArgs&);
+};
+
+// One per ISA file (cpu/<level>.cpp).
+extern const Kernels kScalar;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+// cpu/launch.cpp: blocking, threads, scratch. `kernels` is what select() chose before work is split.
+struct LinearArgs {
+  const void* x;  // [m, k], rows x_stride elements apart
+  DType dtype;    // of x and y
+  int64_t x_stride;
+  int64_t m, n, k;
+  const uint8_t* weight;      // a vnni16 pack
+  const float* weight_scale;  // [n]
+  const float* bias;          // [n] or null
+  Activation activation;
+  bool dynamic;
+  float x_scale;
+  int32_t x_zero_point;
+  void* y;  // [m, n], contiguous
+};
+
+struct MatmulArgs {
+  const int8_t* a;  // [m, k], rows a_stride elements apart
+  int64_t a_stride;
+  const int8_t* b;  // [k, n], element (k, n) at k * b_stride_k + n * b_stride_n
+  int64_t b_stride_k, b_stride_n;
+  int64_t m, n, k;
+  int32_t* c;  // [m, n], contiguous
+};
+
+void linear(const Kernels& kernels, const LinearArgs& args);
+void matmul(const Kernels& kernels, const MatmulArgs& args);
+
+}  // namespace fs::int8_gemm

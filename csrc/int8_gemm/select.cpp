@@ -1,0 +1,39 @@
+#include "select.h"
+
+#include <algorithm>
+
+namespace fs::int8_gemm {
+namespace {
+
+constexpr const Kernels* kTable[] = {
+#if defined(__x86_64__)
+    &kAvx512,  // Cascade Lake, Ice Lake, Sapphire Rapids, Zen 4
+    &kAvx2,    // Haswell, Zen 1 to 3
+#endif
+    &kScalar,
+};
+
+}  // namespace
+
+const Kernels& select() {
+  for (const Kernels* row : kTable)
+    if (isa::usable(row->level, row->features)) return *row;
+  return kScalar;
+}
+
+std::vector<const Kernels*> table() { return {std::begin(kTable), std::end(kTable)}; }
+
+int64_t chunk_rows(const Kernels& kernels, int64_t m, int64_t k) {
+  const int64_t row_bytes = (k * kernels.panel_bytes + kBlockBytes - 1) / kBlockBytes * kRowStride;
+  const int64_t fit = isa::l2_bytes() / 4 / std::max<int64_t>(row_bytes, 1);
+  const int64_t tallest = std::clamp<int64_t>(fit, kernels.max_rows, 128);
+  // Even chunks: 130 rows are 65 + 65, not 128 + 2.
+  const int64_t chunks = (m + tallest - 1) / tallest;
+  return (m + chunks - 1) / chunks;
+}
+
+bool split_rows(int64_t m, int64_t n, int64_t k) { return m >= 128 || (m >= 16 && n * k < (int64_t{1} << 20)); }
+
+int64_t prefetch_ahead(int64_t n, int64_t k) { return n * k > isa::l2_bytes() ? 1024 : 0; }
+
+}  // namespace fs::int8_gemm

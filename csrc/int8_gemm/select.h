@@ -1,0 +1,29 @@
+// The table of kernels and the shape thresholds of the family: short pure functions, each with its measurement.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "../runtime/isa.h"
+#include "int8_gemm.h"
+
+namespace fs::int8_gemm {
+
+// The first row that fits this CPU and the cap in force. Throws what isa::current_level() throws.
+const Kernels& select();
+
+// Every row of the table, best first (whether or not this CPU runs it).
+std::vector<const Kernels*> table();
+
+// Columns of one tile call for tiles of so many rows.
+inline int64_t columns_for(const Kernels& k, int64_t rows) { return rows <= k.few_rows ? k.few_columns : k.many_columns; }
+
+// Rows of x that are quantized and multiplied at a time: the A panel must stay in L2 beside two column panels.
+int64_t chunk_rows(const Kernels& kernels, int64_t m, int64_t k);
+
+// True: threads share the rows; false: they share the columns and each quantizes all of x.
+bool split_rows(int64_t m, int64_t n, int64_t k);
+
+// Bytes that few-row tiles prefetch ahead of their use; 0 where the weights lie in L2.
+int64_t prefetch_ahead(int64_t n, int64_t k);
+
+}  // namespace fs::int8_gemm

@@ -1,0 +1,46 @@
+// `_C`: the face of all that is not a tensor op. Build and CPU information, the table of kernels, forcing a level.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "runtime/info.h"
+#include "runtime/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build and CPU information, the table of kernels, forcing an ISA level.";
+  m.def("build_info", &fs::build_info, "How this binary was built: name -> value.");
+  m.def("isa", [] { return std::string(fs::isa::level_name(fs::isa::current_level())); }, "The ISA level in use.");
+  m.def("isa_reason", &fs::isa::level_reason, "Why that level.");
+  m.def(
+      "isa_available",
+      [] {
+        std::vector<std::string> names;
+        for (fs::isa::Level level : fs::isa::available_levels()) names.emplace_back(fs::isa::level_name(level));
+        return names;
+      },
+      "The levels of this CPU, best first.");
+  m.def("set_isa", &fs::isa::set_level, py::arg("level"),
+        "Caps the ISA level for the whole process; '' returns to FASTSPARSE_ISA. ValueError for a level that is not here.");
+  m.def(
+      "kernels",
+      [] {
+        py::list rows;
+        for (const fs::KernelInfo& k : fs::kernels()) {
+          py::dict row;
+          row["family"] = k.family;
+          row["name"] = k.name;
+          row["level"] = k.level;
+          row["tile"] = k.tile;
+          row["usable"] = k.usable;
+          row["selected"] = k.selected;
+          rows.append(row);
+        }
+        return rows;
+      },
+      "One dict per row of every family's table: family, name, level, tile, usable (now), selected (now).");
+  m.def("scratch_allocations", &fs::scratch_allocations, "Scratch buffers allocated so far in this process.");
+  m.def("time_int8_linear", &fs::time_int8_linear, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("repeats"),
+        py::arg("copies") = 1, py::call_guard<py::gil_scoped_release>(),
+        "Seconds per call of the int8_linear kernel alone (no dispatcher), float32, over `copies` weights in turn.");
+}

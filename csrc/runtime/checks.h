@@ -1,0 +1,60 @@
+// The helpers behind every tensor check and its message: function, argument, wanted, got. Used by ops.cpp files only.
+// A message is built only when a check fails: checks cost a call in the fixed overhead of every op.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace fs {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+// "x[8, 4095]"
+inline std::string shape_of(const char* name, const Tensor& t) {
+  std::string out = std::string(name) + "[";
+  for (int64_t i = 0; i < t.dim(); ++i) out += (i == 0 ? "" : ", ") + std::to_string(t.size(i));
+  return out + "]";
+}
+
+[[noreturn]] inline void fail(const char* op, const std::string& what) {
+  throw std::invalid_argument(std::string(op) + ": " + what);
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType wanted) {
+  if (t.scalar_type() != wanted)
+    fail(op, std::string(name) + " must be " + dtype_name(wanted) + ", got " + dtype_name(t.scalar_type()));
+}
+
+inline void check_cpu(const char* op, const char* name, const Tensor& t) {
+  if (!t.is_cpu())
+    fail(op, std::string(name) + " must be on the CPU like x, got a tensor on " + (t.is_cuda() ? "cuda" : "another device"));
+}
+
+inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t length) {
+  if (t.dim() != 1 || t.size(0) != length)
+    fail(op, std::string(name) + " must have shape [" + std::to_string(length) + "], got " + shape_of(name, t));
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+}  // namespace fs

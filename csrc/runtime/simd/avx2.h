@@ -1,0 +1,87 @@
+// The vector type of the AVX2 level (AVX2, FMA, F16C): 8 lanes. scalar.h says what each function means.
+#pragma once
+#include <immintrin.h>
+#include <string.h>
+
+#include "half.h"
+
+namespace {
+
+struct Simd {
+  using F = __m256;
+  using I = __m256i;
+  static constexpr int kWidth = 8;
+
+  static F set1(float x) { return _mm256_set1_ps(x); }
+  static I set1_s32(int32_t x) { return _mm256_set1_epi32(x); }
+
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static F load(const fs::bf16* p) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+  }
+  static F load(const fs::f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static void store(fs::bf16* p, F x) {
+    const I u = _mm256_castps_si256(x);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), set1_s32(1));
+    I r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, set1_s32(0x7fff))), 16);
+    const I nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    r = _mm256_blendv_epi8(r, set1_s32(0x7fc0), nan);
+    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  static void store(fs::f16* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  template <class T>
+  static F load_n(const T* p, int n) {
+    T lanes[kWidth] = {};
+    memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
+    return load(lanes);
+  }
+  template <class T>
+  static void store_n(T* p, F x, int n) {
+    T lanes[kWidth];
+    store(lanes, x);
+    memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
+  }
+
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F abs(F a) { return _mm256_and_ps(a, _mm256_castsi256_ps(set1_s32(0x7fffffff))); }
+  static F nan_to_zero(F a) { return _mm256_and_ps(a, _mm256_cmp_ps(a, a, _CMP_ORD_Q)); }
+  static F select_negative(F x, F negative, F other) {
+    return _mm256_blendv_ps(other, negative, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ));
+  }
+  static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static I round_s32(F a) { return _mm256_cvtps_epi32(a); }
+  static F to_f32(I a) { return _mm256_cvtepi32_ps(a); }
+  static F exp2_of(F n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), set1_s32(127)), 23));
+  }
+
+  static I load_s32(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
+  static I load_s32_n(const int32_t* p, int n) {
+    int32_t lanes[kWidth] = {};
+    memcpy(lanes, p, static_cast<size_t>(n) * sizeof(int32_t));
+    return load_s32(lanes);
+  }
+  static I add_s32(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I min_s32(I a, I b) { return _mm256_min_epi32(a, b); }
+  static I max_s32(I a, I b) { return _mm256_max_epi32(a, b); }
+  static I abs_bits(F a) { return _mm256_castps_si256(abs(a)); }
+  static int32_t reduce_max_s32(I a) {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+    return _mm_cvtsi128_si32(m);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,88 @@
+// The vector type of the scalar level: one lane. It states in plain C what every level does bit for bit.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include "half.h"
+
+namespace {
+
+inline float f32_from_bits(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+inline uint32_t bits_from_f32(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+
+struct Simd {
+  using F = float;
+  using I = int32_t;
+  static constexpr int kWidth = 1;
+
+  static F set1(float x) { return x; }
+  static I set1_s32(int32_t x) { return x; }
+
+  static F load(const float* p) { return *p; }
+  static F load(const fs::bf16* p) { return f32_from_bits(uint32_t{p->bits} << 16); }
+  static F load(const fs::f16* p) {
+    const uint32_t sign = (uint32_t{p->bits} & 0x8000) << 16, rest = uint32_t{p->bits} & 0x7fff;
+    if (rest >= 0x7c00) return f32_from_bits(sign | 0x7f800000 | (rest << 13) | (rest > 0x7c00 ? 0x400000 : 0));
+    // The exponent is rebiased by a multiplication, which also makes subnormals normal.
+    return f32_from_bits(sign | bits_from_f32(f32_from_bits(rest << 13) * 0x1p112f));
+  }
+  static void store(float* p, F x) { *p = x; }
+  static void store(fs::bf16* p, F x) {
+    const uint32_t u = bits_from_f32(x);
+    p->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  }
+  static void store(fs::f16* p, F x) {
+    const uint32_t u = bits_from_f32(x), sign = (u >> 16) & 0x8000, rest = u & 0x7fffffff;
+    uint32_t h;
+    if (rest > 0x7f800000) {
+      h = 0x7e00 | ((rest >> 13) & 0x3ff);
+    } else if (rest >= 0x477ff000) {  // rounds to beyond 65504
+      h = 0x7c00;
+    } else if (rest < 0x38800000) {  // subnormal: an addition aligns and rounds
+      h = bits_from_f32(f32_from_bits(rest) + 0.5f) - 0x3f000000;
+    } else {
+      h = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
+    }
+    p->bits = static_cast<uint16_t>(sign | h);
+  }
+  // The first n lanes, n < kWidth; the others read as 0. Nothing beyond is touched.
+  template <class T>
+  static F load_n(const T*, int) { return 0; }
+  template <class T>
+  static void store_n(T*, F, int) {}
+
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F div(F a, F b) { return a / b; }
+  static F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
+  static F min(F a, F b) { return a < b ? a : b; }  // b where one is NaN
+  static F max(F a, F b) { return a > b ? a : b; }  // likewise
+  static F abs(F a) { return f32_from_bits(bits_from_f32(a) & 0x7fffffff); }
+  static F nan_to_zero(F a) { return a == a ? a : 0; }
+  static F select_negative(F x, F negative, F other) { return x < 0 ? negative : other; }
+  static F round(F a) { return __builtin_rintf(a); }  // half to even
+  static I round_s32(F a) { return static_cast<I>(__builtin_rintf(a)); }
+  static F to_f32(I a) { return static_cast<F>(a); }
+  static F exp2_of(F n) {  // 2^n, n whole, in [-126, 127]
+    return f32_from_bits(static_cast<uint32_t>(static_cast<I>(n) + 127) << 23);
+  }
+
+  static I load_s32(const int32_t* p) { return *p; }
+  static I load_s32_n(const int32_t*, int) { return 0; }
+  static I add_s32(I a, I b) { return a + b; }
+  static I min_s32(I a, I b) { return a < b ? a : b; }
+  static I max_s32(I a, I b) { return a > b ? a : b; }
+  static I abs_bits(F a) { return static_cast<I>(bits_from_f32(a) & 0x7fffffff); }
+  static int32_t reduce_max_s32(I a) { return a; }
+};
+
+}  // namespace

@@ -1,0 +1,9 @@
+"""The public tensor functions, one module per family. Each is a torch custom op with a fake kernel."""
+
+from fastsparse import _library
+
+_library.load()
+
+from fastsparse.ops.int8_gemm import describe, int8_linear, int8_mm, pack, unpack  # noqa: E402
+
+__all__ = ["describe", "int8_linear", "int8_mm", "pack", "unpack"]

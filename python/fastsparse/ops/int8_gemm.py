@@ -1,0 +1,205 @@
+"""The family int8_gemm: exact int8 matrix products, with quantization before and an epilogue behind.
+
+The contract of the kernels is csrc/int8_gemm/int8_gemm.h, the float64 oracle fastsparse.reference.int8_gemm.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
+
+_int8_linear = torch.ops.fastsparse.int8_linear.default
+_int8_linear_train = torch.ops.fastsparse.int8_linear_train.default
+_int8_mm = torch.ops.fastsparse.int8_mm.default
+_int8_pack = torch.ops.fastsparse.int8_pack.default
+_int8_unpack = torch.ops.fastsparse.int8_unpack.default
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+) -> Tensor:
+    """A linear layer in W8A8: y = activation(x_q W^T * x_scale * weight_scale + bias).
+
+    x is quantized on the way in. Without `x_scale`, dynamically per token (row): scale = absmax / 127, symmetric. With
+    it, statically: x_q = clamp(round(x / x_scale) + x_zero_point, -128, 127). Rounding is half to even, the integer
+    sum exact, the epilogue computed in float32. A row that holds a NaN or an infinity gives a row of NaN (dynamic).
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K]; any strides.
+        weight: a pack of s8[N, K], from `pack`.
+        weight_scale: float32 [N], finite; the weight is `s8 * weight_scale[:, None]`.
+        bias: float32 [N].
+        activation: None, "relu", "gelu" (the exact one) or "silu".
+        x_scale: float32, one element, > 0.
+        x_zero_point: int32, one element, in [-128, 127]; needs `x_scale`.
+
+    Returns:
+        [..., N] in x's dtype. Differentiable in `x` and `bias`; the gradient to x is that of the dequantized weight
+        (straight through the rounding of x).
+
+    Raises:
+        ValueError: names the argument, what came and what was expected. K is at most 131071 (65793 with a zero point),
+            so that the sums are exact in int32.
+    """
+    code = ACTIVATIONS.get(activation)
+    if code is None:
+        raise ValueError(f"int8_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}")
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y = _int8_linear_train(x, weight, weight_scale, bias, 0, x_scale, x_zero_point)
+        return _ACTIVATE[code](y)
+    return _int8_linear(x, weight, weight_scale, bias, code, x_scale, x_zero_point)
+
+
+def int8_mm(a: Tensor, b: Tensor) -> Tensor:
+    """The exact product of two int8 matrices, over the whole range, -128 included.
+
+    Args:
+        a: int8 [M, K]. b: int8 [K, N]. Any shape (empty ones too) and strides; K at most 131071.
+
+    Returns:
+        int32 [M, N], as `torch._int_mm`.
+
+    Raises:
+        ValueError: names the argument, what came and what was expected.
+    """
+    return _int8_mm(a, b)
+
+
+def pack(weight: Tensor, format: str = "auto", rows: int | None = None) -> Tensor:
+    """Packs a weight once, for all calls to come.
+
+    Args:
+        weight: int8 [N, K].
+        format: "vnni16" (csrc/int8_gemm/formats/vnni16.h), which is also what "auto" gives for int8.
+        rows: rows of x to be expected; for formats that depend on it (this one does not).
+
+    Returns:
+        uint8 [bytes]: a plain tensor for state_dict, safetensors, deepcopy and torch.compile; the same on every machine.
+    """
+    if format not in ("auto", "vnni16"):
+        raise ValueError(f"pack: format must be 'auto' or 'vnni16', got {format!r}")
+    if rows is not None and rows < 0:
+        raise ValueError(f"pack: rows must be None or at least 0, got {rows}")
+    return _int8_pack(weight)
+
+
+def unpack(pack: Tensor) -> Tensor:
+    """The inverse of `pack`: int8 [N, K]. Raises ValueError for anything that is not a pack."""
+    header = describe(pack)
+    return _int8_unpack(pack, header["n"], header["k"])
+
+
+# struct PackHeader in csrc/int8_gemm/formats/vnni16.h
+_HEADER = struct.Struct("<4sHHIIqqqQ16x")
+_FORMATS = {1: "vnni16"}
+_DTYPES = {1: "int8"}
+_LARGEST_SIDE = 2**31  # no weight is wider; keeps the size arithmetic of a hostile header from overflowing
+
+
+def describe(pack: Tensor) -> dict[str, Any]:
+    """What a pack holds: format, version, dtype, n, k, block, nonzeros, bytes. Reads and checks the header.
+
+    Raises:
+        ValueError: not a pack, of another version or format, or truncated; the message says which.
+    """
+    if not isinstance(pack, Tensor) or pack.dtype != torch.uint8 or pack.dim() != 1:
+        got = f"{pack.dtype} {list(pack.shape)}" if isinstance(pack, Tensor) else type(pack).__name__
+        raise ValueError(f"describe: pack must be a uint8 vector made by ops.pack(), got {got}")
+    if pack.numel() < _HEADER.size:
+        raise ValueError(f"describe: pack must have at least its header of {_HEADER.size} bytes, got {pack.numel()}")
+    raw = bytes(pack[: _HEADER.size].tolist())
+    magic, format_, version, dtype, block, n, k, nonzeros, size = _HEADER.unpack(raw)
+    if magic != b"fspk":
+        raise ValueError(f"describe: pack must begin with b'fspk', got {magic!r}; make one with ops.pack()")
+    if format_ not in _FORMATS:
+        raise ValueError(f"describe: pack has format {format_}, this build reads {_FORMATS}")
+    if version != 1:
+        raise ValueError(f"describe: pack has {_FORMATS[format_]} version {version}, this build reads version 1")
+    if dtype not in _DTYPES or block != 16 or not (0 <= n < _LARGEST_SIDE and 0 <= k < _LARGEST_SIDE):
+        raise ValueError(f"describe: pack has a damaged header: dtype {dtype}, block {block}, N={n}, K={k}")
+    expected = _vnni16_bytes(n, k)
+    if size != expected or pack.numel() != expected:
+        raise ValueError(
+            f"describe: pack of [N={n}, K={k}] must have {expected} bytes, got {pack.numel()} (its header says {size})"
+        )
+    return {
+        "format": _FORMATS[format_],
+        "version": version,
+        "dtype": _DTYPES[dtype],
+        "n": n,
+        "k": k,
+        "block": block,
+        "nonzeros": nonzeros,
+        "bytes": size,
+    }
+
+
+def _vnni16_bytes(n: int, k: int) -> int:
+    padded_n, padded_k = -(-n // 16) * 16, -(-k // 4) * 4
+    return 64 + padded_n * padded_k + -(-4 * padded_n // 64) * 64
+
+
+_ACTIVATE = [
+    lambda y: y,
+    torch.nn.functional.relu,
+    torch.nn.functional.gelu,
+    torch.nn.functional.silu,
+]
+
+
+def _linear_shape(x: Tensor, weight: Tensor, weight_scale: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+torch.library.register_fake("fastsparse::int8_linear")(_linear_shape)
+torch.library.register_fake("fastsparse::int8_linear_train")(_linear_shape)
+
+
+@torch.library.register_fake("fastsparse::int8_mm")
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
+
+
+@torch.library.register_fake("fastsparse::int8_pack")
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty(_vnni16_bytes(*weight.shape), dtype=torch.uint8)
+
+
+@torch.library.register_fake("fastsparse::int8_unpack")
+def _(pack: Tensor, n: int, k: int) -> Tensor:
+    return pack.new_empty((n, k), dtype=torch.int8)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, weight_scale, bias, *_ = inputs
+    ctx.save_for_backward(weight, weight_scale)
+    ctx.k = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, weight_scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        values = _int8_unpack(weight, weight_scale.shape[0], ctx.k).to(grad.dtype)
+        # The scales go to the rows of the gradient: N * M products instead of N * K.
+        grad_x = (grad * weight_scale).to(grad.dtype) @ values
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+    return grad_x, None, None, grad_bias, None, None, None
+
+
+torch.library.register_autograd(
+    "fastsparse::int8_linear_train", _linear_backward, setup_context=_save_for_backward
+)
