@@ -10,6 +10,10 @@
 #include <vector>
 
 #include "../runtime/checks.h"
+#if defined(FASTSPARSE_WITH_CUDA)
+#include "../runtime/cuda/torch_stream.h"
+#include "cuda/sm80.h"
+#endif
 #include "formats/vnni16.h"
 #include "int8_gemm.h"
 #include "select.h"
@@ -41,94 +45,124 @@ bool all_finite(const float* p, int64_t n) {
   return worst < 0x7f800000;
 }
 
-// weight_scale f32[n] of a layer with k inputs and the pack that belongs to it, all on the CPU.
-void check_weight(const char* op, const Tensor& weight, const Tensor& weight_scale, int64_t n, int64_t k) {
-  check_cpu(op, "weight", weight);
-  check_dtype(op, "weight", weight, ScalarType::Byte);
-  if (weight.dim() != 1 || !weight.is_contiguous())
-    fail(op, "weight must be a pack, a contiguous uint8 vector made by ops.pack(); got " + shape_of("weight", weight));
-  const std::string error =
-      vnni16::header_error(static_cast<const uint8_t*>(weight.const_data_ptr()), weight.numel(), n, k);
-  if (!error.empty()) fail(op, "weight must be a vnni16 pack that matches x and weight_scale: " + error);
-  check_cpu(op, "weight_scale", weight_scale);
-  check_dtype(op, "weight_scale", weight_scale, ScalarType::Float);
-}
-
-// A tensor of one element, read on the CPU.
-float scalar_f32(const char* op, const char* name, const Tensor& t) {
+// A tensor of one element on the CPU, whatever device x is on: the launcher needs its value.
+const void* scalar(const char* op, const char* name, const Tensor& t, ScalarType wanted) {
   check_cpu(op, name, t);
-  check_dtype(op, name, t, ScalarType::Float);
+  check_dtype(op, name, t, wanted);
   if (t.numel() != 1) fail(op, std::string(name) + " must have one element, got " + shape_of(name, t));
-  return *static_cast<const float*>(t.const_data_ptr());
+  return t.const_data_ptr();
 }
 
-int32_t scalar_s32(const char* op, const char* name, const Tensor& t) {
-  check_cpu(op, name, t);
-  check_dtype(op, name, t, ScalarType::Int);
-  if (t.numel() != 1) fail(op, std::string(name) + " must have one element, got " + shape_of(name, t));
-  return *static_cast<const int32_t*>(t.const_data_ptr());
-}
-
-Tensor linear_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, int64_t activation,
-                  std::optional<Tensor> x_scale, std::optional<Tensor> x_zero_point) {
+// The arguments of int8_linear, checked, with the tensors that keep their memory alive.
+struct CheckedLinear {
   LinearArgs args;
-  args.dtype = float_dtype(kLinear, x);
+  Tensor rows, scales, bias, y;
+};
+
+CheckedLinear check_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                           const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& x_scale,
+                           const std::optional<Tensor>& x_zero_point) {
+  const DType dtype = float_dtype(kLinear, x);
   const int64_t dims = x.dim();
   if (dims < 1) fail(kLinear, "x must have at least one dimension, got x[]");
-  if (weight_scale.dim() != 1) fail(kLinear, "weight_scale must have shape [N], got " + shape_of("weight_scale", weight_scale));
-  args.k = x.size(dims - 1);
-  args.n = weight_scale.size(0);
-  check_weight(kLinear, weight, weight_scale, args.n, args.k);
-  const Tensor scales = as_contiguous(weight_scale);
-  args.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
-  args.weight_scale = static_cast<const float*>(scales.const_data_ptr());
-  if (!all_finite(args.weight_scale, args.n)) fail(kLinear, "weight_scale must be finite, got a NaN or an infinity in it");
+  check_same_device(kLinear, "weight_scale", weight_scale, x);
+  check_dtype(kLinear, "weight_scale", weight_scale, ScalarType::Float);
+  if (weight_scale.dim() != 1)
+    fail(kLinear, "weight_scale must have shape [N], got " + shape_of("weight_scale", weight_scale));
+  const int64_t k = x.size(dims - 1), n = weight_scale.size(0);
 
-  std::optional<Tensor> bias_row;
-  args.bias = nullptr;
+  check_same_device(kLinear, "weight", weight, x);
+  check_dtype(kLinear, "weight", weight, ScalarType::Byte);
+  if (weight.dim() != 1 || !weight.is_contiguous())
+    fail(kLinear, "weight must be a pack, a contiguous uint8 vector made by ops.pack(), got " + shape_of("weight", weight));
+  const auto* pack = static_cast<const uint8_t*>(weight.const_data_ptr());
+  if (x.is_cpu()) {
+    const std::string error = vnni16::header_error(pack, weight.numel(), n, k);
+    if (!error.empty()) fail(kLinear, "weight must be a vnni16 pack that matches x and weight_scale: " + error);
+  } else if (weight.numel() != vnni16::pack_bytes(n, k)) {  // the header is in device memory; its size is not
+    fail(kLinear, "weight must be a vnni16 pack of [N=" + std::to_string(n) + ", K=" + std::to_string(k) + "], " +
+                      std::to_string(vnni16::pack_bytes(n, k)) + " bytes, got " + std::to_string(weight.numel()));
+  }
+
   if (bias.has_value()) {
-    check_cpu(kLinear, "bias", *bias);
+    check_same_device(kLinear, "bias", *bias, x);
     check_dtype(kLinear, "bias", *bias, ScalarType::Float);
-    check_vector(kLinear, "bias", *bias, args.n);
-    bias_row = as_contiguous(*bias);
-    args.bias = static_cast<const float*>(bias_row->const_data_ptr());
+    check_vector(kLinear, "bias", *bias, n);
   }
   if (activation < 0 || activation > 3)
     fail(kLinear, "activation must be 0 (none), 1 (relu), 2 (gelu) or 3 (silu), got " + std::to_string(activation));
-  args.activation = static_cast<Activation>(activation);
 
-  args.dynamic = !x_scale.has_value();
-  args.x_scale = 1.0f;
-  args.x_zero_point = 0;
+  float scale = 1.0f;
+  int32_t zero_point = 0;
   if (x_scale.has_value()) {
-    args.x_scale = scalar_f32(kLinear, "x_scale", *x_scale);
-    if (!(args.x_scale >= FLT_MIN) || !std::isfinite(args.x_scale))
-      fail(kLinear, "x_scale must be finite and at least 1.2e-38, got " + std::to_string(args.x_scale));
+    scale = *static_cast<const float*>(scalar(kLinear, "x_scale", *x_scale, ScalarType::Float));
+    if (!(scale >= FLT_MIN) || !std::isfinite(scale))
+      fail(kLinear, "x_scale must be finite and at least 1.2e-38, got " + std::to_string(scale));
   }
   if (x_zero_point.has_value()) {
-    if (args.dynamic) fail(kLinear, "x_zero_point needs x_scale: dynamic quantization is symmetric");
-    args.x_zero_point = scalar_s32(kLinear, "x_zero_point", *x_zero_point);
-    if (args.x_zero_point < -128 || args.x_zero_point > 127)
-      fail(kLinear, "x_zero_point must be in [-128, 127], got " + std::to_string(args.x_zero_point));
+    if (!x_scale.has_value()) fail(kLinear, "x_zero_point needs x_scale: dynamic quantization is symmetric");
+    zero_point = *static_cast<const int32_t*>(scalar(kLinear, "x_zero_point", *x_zero_point, ScalarType::Int));
+    if (zero_point < -128 || zero_point > 127)
+      fail(kLinear, "x_zero_point must be in [-128, 127], got " + std::to_string(zero_point));
   }
-  const int64_t k_limit = args.x_zero_point == 0 ? kMaxK : kMaxKAffine;
-  if (args.k > k_limit)
+  const int64_t k_limit = zero_point == 0 ? kMaxK : kMaxKAffine;
+  if (k > k_limit)
     fail(kLinear, "x must have at most K=" + std::to_string(k_limit) +
                       " columns for the sums to be exact in int32, got " + shape_of("x", x));
 
   // Rows that lie apart by a constant step are read where they are; anything else is copied.
-  const bool strided_matrix = dims == 2 && x.stride(1) == 1 && x.stride(0) >= args.k;
-  const Tensor rows = strided_matrix ? x : as_contiguous(x);
-  args.x = rows.const_data_ptr();
-  args.x_stride = strided_matrix ? x.stride(0) : args.k;
-  args.m = 1;
+  const bool strided_matrix = dims == 2 && x.stride(1) == 1 && x.stride(0) >= k;
+  int64_t m = 1;
   std::vector<int64_t> shape(static_cast<size_t>(dims));
-  for (int64_t i = 0; i + 1 < dims; ++i) args.m *= shape[static_cast<size_t>(i)] = x.size(i);
-  shape.back() = args.n;
-  Tensor y = torch::stable::new_empty(x, shape);
-  args.y = y.mutable_data_ptr();
-  linear(select(), args);
-  return y;
+  for (int64_t i = 0; i + 1 < dims; ++i) m *= shape[static_cast<size_t>(i)] = x.size(i);
+  shape.back() = n;
+  CheckedLinear c{{}, strided_matrix ? x : as_contiguous(x), as_contiguous(weight_scale),
+                  bias.has_value() ? as_contiguous(*bias) : weight_scale, torch::stable::new_empty(x, shape)};
+  c.args.x = c.rows.const_data_ptr();
+  c.args.dtype = dtype;
+  c.args.x_stride = strided_matrix ? x.stride(0) : k;
+  c.args.m = m;
+  c.args.n = n;
+  c.args.k = k;
+  c.args.weight = pack;
+  c.args.weight_scale = static_cast<const float*>(c.scales.const_data_ptr());
+  c.args.bias = bias.has_value() ? static_cast<const float*>(c.bias.const_data_ptr()) : nullptr;
+  c.args.activation = static_cast<Activation>(activation);
+  c.args.dynamic = !x_scale.has_value();
+  c.args.x_scale = scale;
+  c.args.x_zero_point = zero_point;
+  c.args.y = c.y.mutable_data_ptr();
+  if (x.is_cpu() && !all_finite(c.args.weight_scale, n))
+    fail(kLinear, "weight_scale must be finite, got a NaN or an infinity in it");
+  return c;
+}
+
+Tensor linear_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, int64_t activation,
+                  std::optional<Tensor> x_scale, std::optional<Tensor> x_zero_point) {
+  const CheckedLinear c = check_linear(x, weight, weight_scale, bias, activation, x_scale, x_zero_point);
+  linear(select(), c.args);
+  return c.y;
+}
+
+#if defined(FASTSPARSE_WITH_CUDA)
+Tensor linear_cuda(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, int64_t activation,
+                   std::optional<Tensor> x_scale, std::optional<Tensor> x_zero_point) {
+  check_proven(kLinear, sm80::kName, sm80::kProven);
+  const CheckedLinear c = check_linear(x, weight, weight_scale, bias, activation, x_scale, x_zero_point);
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(x.get_device_index()));
+  Tensor scratch = torch::stable::new_empty(x, {sm80::scratch_bytes(c.args.m, c.args.k)}, ScalarType::Byte);
+  sm80::linear(c.args, static_cast<uint8_t*>(scratch.mutable_data_ptr()), current_cuda_stream(x));
+  return c.y;
+}
+#else
+Tensor linear_cuda(Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t, std::optional<Tensor>, std::optional<Tensor>) {
+  throw std::runtime_error(
+      "int8_linear: x is on cuda, and this build of fastsparse has no CUDA kernels (FASTSPARSE_CUDA=ON makes one)");
+}
+#endif
+
+Tensor mm_cuda(Tensor, Tensor) {
+  throw std::runtime_error("int8_mm: a is on cuda, and there is no CUDA kernel for int8_mm yet; use torch._int_mm there");
 }
 
 Tensor mm_cpu(Tensor a, Tensor b) {
@@ -199,6 +233,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
   m.def("int8_mm(Tensor a, Tensor b) -> Tensor");
   m.def("int8_pack(Tensor weight) -> Tensor");
   m.def("int8_unpack(Tensor pack, int n, int k) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastsparse, CUDA, m) {
+  m.impl("int8_linear", TORCH_BOX(&fs::int8_gemm::linear_cuda));
+  m.impl("int8_linear_train", TORCH_BOX(&fs::int8_gemm::linear_cuda));
+  m.impl("int8_mm", TORCH_BOX(&fs::int8_gemm::mm_cuda));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsparse, CPU, m) {

@@ -1,6 +1,7 @@
 // The table of kernels and the shape thresholds of the family: short pure functions, each with its measurement.
 #pragma once
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "../runtime/isa.h"
@@ -13,6 +14,10 @@ const Kernels& select();
 
 // Every row of the table, best first (whether or not this CPU runs it).
 std::vector<const Kernels*> table();
+
+// Test hook behind `_C.spoil_kernel`: the row of this name gets its first sum wrong by one; "" mends it.
+// Throws std::invalid_argument for a name that is not in the table. Not to be called while kernels run.
+void spoil(const std::string& name);
 
 // Columns of one tile call for tiles of so many rows.
 inline int64_t columns_for(const Kernels& k, int64_t rows) { return rows <= k.few_rows ? k.few_columns : k.many_columns; }

@@ -45,9 +45,17 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
     fail(op, std::string(name) + " must be " + dtype_name(wanted) + ", got " + dtype_name(t.scalar_type()));
 }
 
+inline std::string device_name(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+}
+
+inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  if (t.is_cpu() != x.is_cpu() || t.get_device_index() != x.get_device_index())
+    fail(op, std::string(name) + " must be on " + device_name(x) + " like the first argument, got " + device_name(t));
+}
+
 inline void check_cpu(const char* op, const char* name, const Tensor& t) {
-  if (!t.is_cpu())
-    fail(op, std::string(name) + " must be on the CPU like x, got a tensor on " + (t.is_cuda() ? "cuda" : "another device"));
+  if (!t.is_cpu()) fail(op, std::string(name) + " must be on the CPU, got a tensor on " + device_name(t));
 }
 
 inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t length) {

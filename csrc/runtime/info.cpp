@@ -5,6 +5,9 @@
 
 #include "../int8_gemm/formats/vnni16.h"
 #include "../int8_gemm/select.h"
+#if defined(FASTSPARSE_WITH_CUDA)
+#include "../int8_gemm/cuda/sm80.h"
+#endif
 #include "isa.h"
 #include "workspace.h"
 
@@ -25,17 +28,25 @@ std::map<std::string, std::string> build_info() {
 
 std::vector<KernelInfo> kernels() {
   std::vector<KernelInfo> out;
-  const int8_gemm::Kernels* selected = &int8_gemm::select();
+  const std::string selected = int8_gemm::select().name;
   for (const int8_gemm::Kernels* row : int8_gemm::table()) {
     const std::string tile = std::to_string(row->max_rows) + "x" + std::to_string(row->many_columns) + ", " +
                              std::to_string(row->few_rows) + "x" + std::to_string(row->few_columns);
     out.push_back({"int8_gemm", row->name, isa::level_name(row->level), tile, isa::usable(row->level, row->features),
-                   row == selected});
+                   row->name == selected, true});
   }
+#if defined(FASTSPARSE_WITH_CUDA)
+  out.push_back({"int8_gemm", int8_gemm::sm80::kName, "cuda", "64x64", true, true, int8_gemm::sm80::kProven});
+#endif
   return out;
 }
 
 int64_t scratch_allocations() { return allocation_count().load(); }
+
+void spoil_kernel(const std::string& family, const std::string& name) {
+  if (family != "int8_gemm") throw std::invalid_argument("spoil_kernel: family must be int8_gemm, got " + family);
+  int8_gemm::spoil(name);
+}
 
 double time_int8_linear(int64_t m, int64_t n, int64_t k, int64_t repeats, int64_t copies) {
   if (m < 1 || n < 1 || k < 1 || repeats < 1 || copies < 1 || k > int8_gemm::kMaxK)

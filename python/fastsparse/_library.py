@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.resources
 import importlib.util
+import pathlib
 import re
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
-from typing import Any
 
 OLDEST_TORCH = (2, 11)
 
@@ -22,14 +21,19 @@ class LibraryError(ImportError):
     """fastsparse's kernels can't be loaded; the message says why and what to do."""
 
 
+def torch_version() -> str | None:
+    """The version of the installed torch, not imported; None if there is none."""
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return None
+
+
 def torch_problem() -> str | None:
     """What is wrong with the installed torch, in one sentence, or None. Does not load the kernels."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed: pip install 'torch>=2.11', then install fastsparse again"
-    try:
-        have = version("torch")
-    except PackageNotFoundError:
-        have = ""
+    have = torch_version() or "of unknown version"
     match = re.match(r"(\d+)\.(\d+)", have)
     if match and (int(match[1]), int(match[2])) < OLDEST_TORCH:
         return f"torch {have} is too old: fastsparse needs 2.11 or newer (pip install -U 'torch>=2.11')"
@@ -48,16 +52,14 @@ def load() -> ModuleType:
         raise LibraryError(problem)
     import torch
 
-    with importlib.resources.as_file(importlib.resources.files("fastsparse") / "libfastsparse.so") as path:
-        if not path.exists():
-            path = _beside_extension()
-        try:
-            torch.ops.load_library(str(path))
-        except OSError as error:
-            raise LibraryError(
-                f"libfastsparse.so does not fit torch {torch.__version__} ({error}); reinstall fastsparse beside this "
-                "torch: pip install --no-build-isolation --force-reinstall --no-deps fastsparse"
-            ) from error
+    path = library_path()
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise LibraryError(
+            f"libfastsparse.so does not fit torch {torch.__version__} ({error}); reinstall fastsparse beside this "
+            "torch: pip install --no-build-isolation --force-reinstall --no-deps fastsparse"
+        ) from error
     try:
         return importlib.import_module("fastsparse._C")
     except ImportError as error:
@@ -66,11 +68,9 @@ def load() -> ModuleType:
         ) from error
 
 
-def _beside_extension() -> Any:
-    """In an editable install the libraries stand beside `_C`, not beside this file."""
-    import pathlib
-
+def library_path() -> pathlib.Path:
+    """Where libfastsparse.so is. It stands beside `_C`, which in an editable install is not beside this file."""
     spec = importlib.util.find_spec("fastsparse._C")
     if spec is None or spec.origin is None:
-        raise LibraryError("fastsparse is not built here: run `make test`, or pip install it")
+        raise LibraryError("fastsparse is not built here: run `make test`, or install it with pip")
     return pathlib.Path(spec.origin).parent / "libfastsparse.so"

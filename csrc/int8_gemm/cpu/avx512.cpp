@@ -158,7 +158,7 @@ template <int kCount, int kVecs>
 void tile_many(const TileArgs& t) {
   const int8_t* w = t.weight;
   const int8_t* next = t.prefetch_next == nullptr ? t.weight : t.prefetch_next;
-  const int64_t ahead = t.prefetch_next == nullptr ? 0 : (t.prefetch_bytes + t.k_steps - 1) / t.k_steps;
+  const int64_t ahead = t.prefetch_next == nullptr || t.k_steps == 0 ? 0 : (t.prefetch_bytes + t.k_steps - 1) / t.k_steps;
   Sums<kCount, kVecs> sums;
   start(sums, t.column_sum, _mm512_set1_epi32(-t.offset));
   const uint8_t* block = t.panel;

@@ -28,15 +28,17 @@ constexpr int kRows = 4;
 void tile(const TileArgs& t) {
   for (int64_t r = 0; r < t.rows; ++r) {
     for (int64_t n = 0; n < t.columns; n += kPanelColumns) {
-      int32_t sums[kPanelColumns];
-      for (int j = 0; j < kPanelColumns; ++j) sums[j] = -t.offset * t.column_sum[n + j];
+      // Unsigned: a partial sum may wrap, the whole one does not (int8_gemm.h).
+      uint32_t sums[kPanelColumns];
+      for (int j = 0; j < kPanelColumns; ++j)
+        sums[j] = 0u - static_cast<uint32_t>(t.offset) * static_cast<uint32_t>(t.column_sum[n + j]);
       const int8_t* w = t.weight + n / kPanelColumns * t.panel_stride;
       for (int64_t step = 0; step < t.k_steps; ++step, w += kPanelColumns * kStepK) {
         const int64_t k = step * kStepK;
         int8_t a[kStepK];
         memcpy(a, t.panel + k / kBlockBytes * t.block_stride + r * kRowStride + k % kBlockBytes, kStepK);
         for (int j = 0; j < kPanelColumns; ++j)
-          for (int i = 0; i < kStepK; ++i) sums[j] += a[i] * w[j * kStepK + i];
+          for (int i = 0; i < kStepK; ++i) sums[j] += static_cast<uint32_t>(a[i] * w[j * kStepK + i]);
       }
       memcpy(t.acc + r * kMaxTileColumns + n, sums, sizeof sums);
     }

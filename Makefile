@@ -1,0 +1,59 @@
+# Two commands do everything: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FAMILY ?= int8_gemm
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
+
+.PHONY: help demo test test-asan bench check lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo       set up .venv, build, run the main job on real data'
+	@echo 'make test       set up .venv, build, run all tests'
+	@echo 'make test-asan  the tests of the kernels under address and undefined sanitizers'
+	@echo 'make bench      measure a family against its peers: make bench FAMILY=int8_gemm'
+	@echo 'make check      every kernel that this machine can run against its oracle'
+	@echo 'make lint       ruff, mypy, clang-format, stable ABI, ISA objects, CUDA sources'
+	@echo 'make format     let ruff and clang-format rewrite'
+	@echo 'make clean      remove .venv and build'
+
+demo: $(VENV)/.built
+	$(BIN)/fastsparse demo
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest
+
+test-asan: $(VENV)/.built
+	tools/test_asan.sh
+
+bench: $(VENV)/.built
+	$(BIN)/python -m bench --family $(FAMILY)
+
+check: $(VENV)/.built
+	$(BIN)/fastsparse check
+
+lint: $(VENV)/.built
+	tools/lint.sh $(BIN)
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'bench/*.cpp')
+
+clean:
+	rm -rf $(VENV) .venv-asan build
+
+# torch is pinned in one place and installed first, alone: a later open range could pull another build of it.
+$(VENV)/.torch: requirements/torch.txt requirements/build.txt tools/require.sh
+	@tools/require.sh $(PYTHON)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing torch and the build tools (minutes, the first time)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/torch.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/build.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES) tools/build.sh
+	@echo 'building fastsparse'
+	@tools/build.sh $(VENV)
+	@touch $@

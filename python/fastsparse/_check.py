@@ -1,0 +1,162 @@
+"""`fastsparse.check()`: every kernel that this machine and device can run, against its oracle, in seconds.
+
+One row per kernel of the table in `_C.kernels()`; a family adds its cases to CASES. Shapes are small and odd, values
+reach the corners. It is what a user with hardware that we never had runs to tell us whether a kernel holds there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsparse import _library, ops, reference
+from fastsparse.report import Report
+
+# (M, K, N): one row, few rows, tiles and a remainder, several K blocks, an empty side
+_SHAPES = [(1, 5, 3), (1, 129, 65), (3, 64, 17), (7, 33, 66), (14, 260, 32), (15, 1030, 49), (61, 127, 130), (2, 0, 4)]
+_ACTIVATIONS = (None, "relu", "gelu", "silu")
+
+# Of the largest value of a row: the float32 epilogue rounds thrice, and the result to y's type once.
+_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4.5e-3, torch.float16: 6e-4}
+
+# A case yields (what was run, largest error as a fraction of its bound); exact cases yield 0 or infinity.
+Case = Iterator[tuple[str, float]]
+
+
+def _int8_mm(device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    for m, k, n in _SHAPES:
+        for low, high in ((-128, 128), (-128, -127), (127, 128)):
+            a = torch.randint(low, high, (m, k), dtype=torch.int8, generator=generator)
+            b = torch.randint(-128, 128, (k, n), dtype=torch.int8, generator=generator)
+            got = ops.int8_mm(a.to(device), b.to(device)).cpu()
+            yield f"int8_mm M={m} N={n} K={k}", 0.0 if torch.equal(got, reference.int8_mm(a, b)) else float("inf")
+
+
+def _int8_linear(device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(1)
+    for i, (m, k, n) in enumerate(_SHAPES):
+        weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
+        scale = torch.rand(n, generator=generator) * 0.01 + 0.001
+        bias = torch.randn(n, generator=generator)
+        pack = ops.pack(weight)
+        for dtype, tolerance in _TOLERANCE.items():
+            x = torch.randn(m, k, generator=generator).to(dtype)
+            static: dict[str, Any] = {}
+            if i % 2:
+                static = {"x_scale": torch.tensor(0.03), "x_zero_point": torch.tensor(i - 4, dtype=torch.int32)}
+            for activation in _ACTIVATIONS:
+                got = ops.int8_linear(
+                    x.to(device), pack.to(device), scale.to(device), bias.to(device), activation, **static
+                )
+                expected = reference.int8_linear(x, weight, scale, bias, activation, **static)
+                what = f"int8_linear M={m} N={n} K={k} {str(dtype).removeprefix('torch.')} {activation}"
+                yield what, _error(got.cpu(), expected) / tolerance
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    """The largest error as a fraction of the largest value expected."""
+    if expected.numel() == 0:
+        return 0.0
+    if not torch.isfinite(got).all():
+        return float("inf")
+    return float((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
+    ("int8_gemm", "cpu"): [_int8_mm, _int8_linear],
+    ("int8_gemm", "cuda"): [_int8_linear],
+}
+
+
+def check(device: str | torch.device | None = None) -> Report:
+    """Holds every kernel that this machine and device can run against its float64 oracle.
+
+    Args:
+        device: "cpu" or "cuda"; None: the CPU, and CUDA where this build has kernels and torch a device.
+
+    Returns:
+        A Report, one row per kernel: family, kernel, cases, worst (the largest error as a fraction of what is allowed;
+        integers allow none), result. `ok` is False, and the row and a note name the kernel and the first case, where
+        one does not hold.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    extension = _library.load()
+    devices = _devices(device, extension)
+    report = Report("fastsparse check", ["family", "kernel", "cases", "worst", "result"])
+    for target in devices:
+        for row in extension.kernels():
+            if (row["level"] == "cuda") != (target.type == "cuda"):
+                continue
+            if target.type == "cpu" and row["level"] not in extension.isa_available():
+                continue
+            with _running(extension, row):
+                _check_row(report, row, target)
+    absent = [f"{row['name']}" for row in extension.kernels() if row["level"] not in (*extension.isa_available(), "cuda")]
+    if absent:
+        report.notes.append(f"not on this CPU, not checked: {', '.join(absent)}")
+    return report
+
+
+def _devices(device: str | torch.device | None, extension: Any) -> list[torch.device]:
+    built = extension.build_info()["cuda"] != "off"
+    usable = built and torch.cuda.is_available()
+    if device is None:
+        return [torch.device("cpu")] + ([torch.device("cuda")] if usable else [])
+    target = torch.device(device)
+    if target.type == "cuda" and not usable:
+        why = "torch finds no CUDA device" if built else "this build of fastsparse has no CUDA kernels"
+        raise ValueError(f"check: device must be one that this machine has, got {device!r}: {why}")
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"check: device must be 'cpu' or 'cuda', got {device!r}")
+    return [target]
+
+
+@contextmanager
+def _running(extension: Any, row: dict[str, Any]) -> Iterator[None]:
+    """Makes the kernel of `row` the one that runs: caps the ISA level, or lets an unproven CUDA kernel start."""
+    if row["level"] == "cuda":
+        before = os.environ.get("FASTSPARSE_UNPROVEN")
+        os.environ["FASTSPARSE_UNPROVEN"] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["FASTSPARSE_UNPROVEN"]
+            else:
+                os.environ["FASTSPARSE_UNPROVEN"] = before
+        return
+    extension.set_isa(row["level"])
+    try:
+        selected = [k["name"] for k in extension.kernels() if k["family"] == row["family"] and k["selected"]]
+        if row["name"] not in selected:
+            raise RuntimeError(f"check: {row['family']} {row['name']} should run at its level, {selected} would")
+        yield
+    finally:
+        extension.set_isa("")
+
+
+def _check_row(report: Report, row: dict[str, Any], device: torch.device) -> None:
+    count, worst, first_failure = 0, 0.0, None
+    try:
+        for case in CASES[row["family"], device.type]:
+            for what, error in case(device):
+                count += 1
+                worst = max(worst, error)
+                if error > 1 and first_failure is None:
+                    first_failure = what
+    except Exception as error:  # the report must name the kernel, whatever it did
+        first_failure = f"{type(error).__name__}: {error}"
+        worst = float("inf")
+    kernel = row["name"] if row["proven"] else f"{row['name']} (never run on hardware before)"
+    report.add(family=row["family"], kernel=kernel, cases=count, worst=worst, result="FAILED" if first_failure else "ok")
+    if first_failure:
+        report.ok = False
+        report.notes.append(f"FAILED: {row['family']} {row['name']}, first at {first_failure}")

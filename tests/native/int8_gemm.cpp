@@ -1,0 +1,187 @@
+// Holds every row of the int8_gemm table that this CPU runs against the scalar row, bit for bit, and the scalar row
+// against plain loops; without torch, so that it is a small static program which an instruction emulator can run too
+// (that is how the AVX-512 row is checked where no CPU at hand has it: docs/kernels/int8_gemm.md).
+// Inputs lie between poisoned margins and outputs between canaries: a read outside changes a result, a write shows.
+//
+// Usage: int8_gemm [cases] [seed]. Exit status 0: all equal.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/int8_gemm/formats/vnni16.h"
+#include "../../csrc/int8_gemm/int8_gemm.h"
+#include "../../csrc/int8_gemm/select.h"
+#include "../../csrc/runtime/parallel.h"
+
+namespace fs {  // the torch-free stand-in of runtime/parallel.cpp: two "threads", one after the other
+int num_threads() { return 2; }
+void parallel_for_raw(int64_t count, RangeFn fn, void* context) {
+  fn(0, count / 2, context);
+  fn(count / 2, count, context);
+}
+}  // namespace fs
+
+namespace {
+
+using namespace fs::int8_gemm;
+std::mt19937 generator;
+
+int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+int64_t pick(std::initializer_list<int64_t> values) { return values.begin()[uniform(0, static_cast<int64_t>(values.size()) - 1)]; }
+
+constexpr size_t kMargin = 256;
+
+// `bytes` of memory between margins of one byte value.
+struct Guarded {
+  std::vector<uint8_t> all;
+  size_t bytes;
+  uint8_t fill;
+  Guarded(size_t bytes, uint8_t fill) : all(bytes + 2 * kMargin, fill), bytes(bytes), fill(fill) {}
+  uint8_t* data() { return all.data() + kMargin; }
+  bool margins_intact() const {
+    for (size_t i = 0; i < kMargin; ++i)
+      if (all[i] != fill || all[kMargin + bytes + i] != fill) return false;
+    return true;
+  }
+};
+
+float random_x(int kind) {
+  const float normal = std::normal_distribution<float>()(generator);
+  switch (kind) {
+    case 0: return normal;
+    case 1: return normal * 1e-39f;
+    case 2: return normal * 1e37f;
+    default: return uniform(0, 40) == 0 ? std::nanf("") : uniform(0, 40) == 0 ? INFINITY : normal;
+  }
+}
+
+// A random 16-bit pattern of that type near the float would need a rounding; the bits themselves do as well.
+void fill_x(uint8_t* x, DType dtype, int64_t count, int kind) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = random_x(kind);
+    if (dtype == DType::f32) {
+      std::memcpy(x + 4 * i, &value, 4);
+      continue;
+    }
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t half = dtype == DType::bf16 ? static_cast<uint16_t>(bits >> 16)
+                                               : static_cast<uint16_t>(kind == 3 ? uniform(0, 65535) : uniform(0, 1) * 0x8000 + uniform(0, 0x43ff));
+    std::memcpy(x + 2 * i, &half, 2);
+  }
+}
+
+int failures = 0;
+void fail(const Kernels& row, const std::string& what) {
+  std::printf("FAILED %s: %s\n", row.name, what.c_str());
+  ++failures;
+}
+
+std::string shape(int64_t m, int64_t n, int64_t k) {
+  return "M=" + std::to_string(m) + " N=" + std::to_string(n) + " K=" + std::to_string(k);
+}
+
+void check_linear(const std::vector<const Kernels*>& rows) {
+  const int64_t m = pick({1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 14, 15, 27, 29, 61, 130}), n = pick({1, 15, 16, 17, 31, 33, 64, 65, 100, 129});
+  const int64_t k = pick({0, 1, 3, 4, 5, 63, 64, 65, 127, 260, 511, 513, 1023, 1024, 1029, 2051});
+  const int64_t stride = k + pick({0, 0, 3});
+  LinearArgs a{};
+  a.dtype = static_cast<DType>(uniform(0, 2));
+  const size_t size = a.dtype == DType::f32 ? 4 : 2;
+  Guarded x(static_cast<size_t>(m * stride) * size, 0xff);  // 0xffff.. is a NaN in each of the three types
+  const int kind = static_cast<int>(uniform(0, 3));
+  for (int64_t r = 0; r < m; ++r) fill_x(x.data() + static_cast<size_t>(r * stride) * size, a.dtype, k, kind);
+  std::vector<int8_t> weight(static_cast<size_t>(n * k));
+  const bool extreme = uniform(0, 3) == 0;
+  for (int8_t& w : weight) w = static_cast<int8_t>(extreme ? -128 : uniform(-128, 127));
+  Guarded pack(static_cast<size_t>(fs::vnni16::pack_bytes(n, k)), 0xee);
+  fs::vnni16::pack(weight.data(), k, 1, n, k, pack.data());
+  Guarded scale(static_cast<size_t>(n) * 4, 0xff), bias(static_cast<size_t>(n) * 4, 0xff);
+  for (int64_t j = 0; j < n; ++j) {
+    const float s = std::abs(random_x(0)) * 0.01f, b = random_x(0);
+    std::memcpy(scale.data() + 4 * j, &s, 4);
+    std::memcpy(bias.data() + 4 * j, &b, 4);
+  }
+  a.x = x.data();
+  a.x_stride = stride;
+  a.m = m;
+  a.n = n;
+  a.k = k;
+  a.weight = pack.data();
+  a.weight_scale = reinterpret_cast<float*>(scale.data());
+  a.bias = uniform(0, 1) ? reinterpret_cast<float*>(bias.data()) : nullptr;
+  a.activation = static_cast<Activation>(uniform(0, 3));
+  a.dynamic = uniform(0, 2) != 0;
+  a.x_scale = 0.037f;
+  a.x_zero_point = static_cast<int32_t>(uniform(-128, 127));
+  std::vector<uint8_t> expected;
+  for (const Kernels* row : rows) {  // scalar first
+    Guarded y(static_cast<size_t>(m * n) * size, 0x5a);
+    a.y = y.data();
+    linear(*row, a);
+    const std::string what = "int8_linear " + shape(m, n, k) + " dtype " + std::to_string(static_cast<int>(a.dtype)) + " activation " +
+                             std::to_string(static_cast<int>(a.activation)) + (a.dynamic ? " dynamic" : " static") + " x kind " + std::to_string(kind);
+    if (!y.margins_intact()) fail(*row, what + ": wrote outside y");
+    std::vector<uint8_t> got(y.data(), y.data() + y.bytes);
+    // The bits of a NaN are no result: all NaNs are made one before the comparison.
+    for (size_t i = 0; i < got.size(); i += size) {
+      if (size == 4) {
+        float f;
+        std::memcpy(&f, &got[i], 4);
+        if (f != f) std::memset(&got[i], 0xff, 4);
+      } else {
+        uint16_t h;
+        std::memcpy(&h, &got[i], 2);
+        if ((h & 0x7fff) > (a.dtype == DType::bf16 ? 0x7f80 : 0x7c00)) std::memset(&got[i], 0xff, 2);
+      }
+    }
+    if (row == rows.front())
+      expected = got;
+    else if (got != expected)
+      fail(*row, what + ": differs from scalar");
+  }
+}
+
+void check_matmul(const std::vector<const Kernels*>& rows) {
+  const int64_t m = pick({1, 2, 5, 7, 14, 15, 29}), n = pick({1, 16, 17, 33, 64, 70}), k = pick({0, 1, 3, 4, 64, 66, 300, 1024, 1025});
+  const int fill = static_cast<int>(uniform(0, 3));  // random, min x min, min x max, max x max
+  Guarded a(static_cast<size_t>(m * k), 0x7f), b(static_cast<size_t>(k * n), 0x7f);
+  auto* pa = reinterpret_cast<int8_t*>(a.data());
+  auto* pb = reinterpret_cast<int8_t*>(b.data());
+  for (int64_t i = 0; i < m * k; ++i) pa[i] = static_cast<int8_t>(fill == 0 ? uniform(-128, 127) : fill == 3 ? 127 : -128);
+  for (int64_t i = 0; i < k * n; ++i) pb[i] = static_cast<int8_t>(fill == 0 ? uniform(-128, 127) : fill == 1 ? -128 : 127);
+  std::vector<int32_t> expected(static_cast<size_t>(m * n));
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t p = 0; p < k; ++p)
+      for (int64_t j = 0; j < n; ++j) expected[static_cast<size_t>(i * n + j)] += pa[i * k + p] * pb[p * n + j];
+  for (const Kernels* row : rows) {
+    Guarded c(static_cast<size_t>(m * n) * 4, 0x5a);
+    matmul(*row, {pa, k, pb, n, 1, m, n, k, reinterpret_cast<int32_t*>(c.data())});
+    if (!c.margins_intact()) fail(*row, "int8_mm " + shape(m, n, k) + ": wrote outside c");
+    if (std::memcmp(c.data(), expected.data(), c.bytes) != 0) fail(*row, "int8_mm " + shape(m, n, k) + " fill " + std::to_string(fill) + ": wrong");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 200;
+  generator.seed(argc > 2 ? static_cast<unsigned>(std::atoi(argv[2])) : 0);
+  std::vector<const Kernels*> rows;
+  std::string names;
+  for (const Kernels* row : table())
+    if (fs::isa::usable(row->level, row->features)) {
+      rows.insert(rows.begin(), row);
+      names = std::string(row->name) + " " + names;
+    }
+  for (int i = 0; i < cases && failures < 20; ++i) {
+    check_linear(rows);
+    check_matmul(rows);
+  }
+  std::printf("%d cases of int8_linear and of int8_mm each; rows: %s; %d failures\n", cases, names.c_str(), failures);
+  return failures == 0 ? 0 : 1;
+}
