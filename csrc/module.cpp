@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "runtime/info.h"
+#include "families.h"
 #include "runtime/isa.h"
 
 namespace py = pybind11;

@@ -3,13 +3,17 @@
 #include <algorithm>
 #include <stdexcept>
 
+#if defined(FASTSPARSE_WITH_CUDA)
+#include "cuda/sm80.h"
+#endif
+
 namespace fs::int8_gemm {
 namespace {
 
 constexpr const Kernels* kTable[] = {
 #if defined(__x86_64__)
     &kAvx512,  // Cascade Lake, Ice Lake, Sapphire Rapids, Zen 4
-    &kAvx2,    // Haswell, Zen 1 to 3
+    &kAvx2,    // Haswell to Comet Lake, Alder Lake, Zen 1 to 3
 #endif
     &kScalar,
 };
@@ -44,6 +48,21 @@ void spoil(const std::string& name) {
 }
 
 std::vector<const Kernels*> table() { return {std::begin(kTable), std::end(kTable)}; }
+
+std::vector<KernelInfo> kernel_infos() {
+  std::vector<KernelInfo> infos;
+  const std::string selected = select().name;
+  for (const Kernels* row : kTable) {
+    const std::string tile = std::to_string(row->max_rows) + "x" + std::to_string(row->many_columns) + ", " +
+                             std::to_string(row->few_rows) + "x" + std::to_string(row->few_columns);
+    infos.push_back({"", row->name, isa::level_name(row->level), tile, isa::usable(row->level, row->features),
+                     row->name == selected, true});
+  }
+#if defined(FASTSPARSE_WITH_CUDA)
+  infos.push_back({"", sm80::kName, "cuda", "64x64", true, true, sm80::kProven});
+#endif
+  return infos;
+}
 
 int64_t chunk_rows(const Kernels& kernels, int64_t m, int64_t k) {
   const int64_t row_bytes = (k * kernels.panel_bytes + kBlockBytes - 1) / kBlockBytes * kRowStride;

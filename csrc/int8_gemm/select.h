@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../families.h"
 #include "../runtime/isa.h"
 #include "int8_gemm.h"
 
@@ -12,8 +13,9 @@ namespace fs::int8_gemm {
 // The first row that fits this CPU and the cap in force. Throws what isa::current_level() throws.
 const Kernels& select();
 
-// Every row of the table, best first (whether or not this CPU runs it).
+// Every row of the table, best first (whether or not this CPU runs it), and the same for `_C.kernels()`.
 std::vector<const Kernels*> table();
+std::vector<KernelInfo> kernel_infos();
 
 // Test hook behind `_C.spoil_kernel`: the row of this name gets its first sum wrong by one; "" mends it.
 // Throws std::invalid_argument for a name that is not in the table. Not to be called while kernels run.

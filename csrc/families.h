@@ -1,11 +1,11 @@
-// What `_C` tells about the build and the kernels, and its hooks for benches and tests. Torch-free.
+// The families in this binary, as `_C` shows them: their kernels, and the hooks of benches and tests. Torch-free.
 #pragma once
 #include <cstdint>
 #include <map>
 #include <string>
 #include <vector>
 
-#include "export.h"
+#include "runtime/export.h"
 
 namespace fs {
 
@@ -16,13 +16,22 @@ struct KernelInfo {
   bool proven;    // it has run on hardware; what has not is off by default
 };
 
+// One row a family in families.cpp; the functions are those of the family's select.cpp.
+struct Family {
+  const char* name;
+  std::vector<KernelInfo> (*kernels)();
+  void (*spoil)(const std::string& kernel);
+};
+
 FASTSPARSE_API std::map<std::string, std::string> build_info();
 FASTSPARSE_API std::vector<KernelInfo> kernels();
 FASTSPARSE_API int64_t scratch_allocations();
 
-// Test hook: the tile of this row of a family's table gets its first sum wrong by one; an empty name mends it.
+// Test hook: this row of a family's table gets its first result wrong by one; an empty name mends it.
+// Not to be called while kernels run. Throws std::invalid_argument for a name that does not exist.
 FASTSPARSE_API void spoil_kernel(const std::string& family, const std::string& name);
 
+// Bench hook of int8_gemm: seconds per call of the kernel alone, float32, over `copies` weights in turn.
 FASTSPARSE_API double time_int8_linear(int64_t m, int64_t n, int64_t k, int64_t repeats, int64_t copies);
 
 }  // namespace fs
