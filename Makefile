@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 FAMILY ?= int8_gemm
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-asan bench check lint format clean
+.PHONY: help demo test test-asan native bench check lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       set up .venv, build, run the main job on real data'
 	@echo 'make test       set up .venv, build, run all tests'
 	@echo 'make test-asan  the tests of the kernels under address and undefined sanitizers'
+	@echo 'make native     the torch-free test of a family: every level of this CPU, bit for bit'
 	@echo 'make bench      measure a family against its peers: make bench FAMILY=int8_gemm'
 	@echo 'make check      every kernel that this machine can run against its oracle'
 	@echo 'make lint       ruff, mypy, clang-format, stable ABI, ISA objects, CUDA sources'
@@ -26,6 +27,12 @@ test: $(VENV)/.built
 
 test-asan: $(VENV)/.built
 	tools/test_asan.sh
+
+native:
+	tools/require.sh $(PYTHON)
+	mkdir -p build
+	tools/native_test.sh $(FAMILY) build/native-$(FAMILY)
+	build/native-$(FAMILY) 300
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench --family $(FAMILY)
