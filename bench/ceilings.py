@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,10 @@ def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     size, number = ctypes.c_size_t, ctypes.c_double
     library.ceil_features.restype = ctypes.c_uint
-    library.ceil_compute.argtypes = [ctypes.c_int, number, ctypes.c_int]
-    library.ceil_read.argtypes = [ctypes.c_int, ctypes.c_int, size, number, ctypes.c_int]
-    library.ceil_copy.argtypes = [ctypes.c_int, size, number, ctypes.c_int]
+    time: list[Any] = [number, ctypes.c_int, ctypes.c_int]  # seconds a burst, bursts, threads
+    library.ceil_compute.argtypes = [ctypes.c_int, *time]
+    library.ceil_read.argtypes = [ctypes.c_int, ctypes.c_int, size, *time]
+    library.ceil_copy.argtypes = [ctypes.c_int, size, *time]
     for function in (library.ceil_compute, library.ceil_read, library.ceil_copy):
         function.restype = number
     return library
@@ -121,20 +122,20 @@ def measure(threads: int = 1, quick: bool = False) -> list[Ceiling]:
     except (RuntimeError, OSError) as e:
         return [Ceiling("none", "ceilings", "", None, machine.scrub(str(e)))]
     features = int(library.ceil_features())
-    seconds, bursts = (0.02, 3) if quick else (0.05, 6)
-
-    def best(rate: Callable[[], float]) -> float:
-        return max(rate() for _ in range(bursts)) / 1e9
+    time = (0.002, 15 if quick else 80, threads)
 
     found: list[Ceiling] = []
     for key, kind, feature, text, unit, missing in COMPUTE:
         if features & feature:
-            value = best(lambda kind=kind: library.ceil_compute(kind, seconds, threads))  # type: ignore[misc]
+            value = library.ceil_compute(kind, *time) / 1e9
             found.append(Ceiling(key, text, unit, value))
         else:
             found.append(Ceiling(key, text, unit, None, f"not measurable: this CPU has no {missing}"))
     if not features & AVX2:
-        return [*found, Ceiling("read", "reads and copies", "GB/s", None, "not measurable: this CPU has no AVX2")]
+        return [
+            *found,
+            Ceiling("read", "reads and copies", "GB/s", None, "not measurable: this CPU has no AVX2"),
+        ]
 
     patterns = ("1 stream", "1 stream + prefetch", "4 streams", "4 streams + prefetch")
     widths = (0, 1) if features & AVX512F else (0,)
@@ -145,15 +146,21 @@ def measure(threads: int = 1, quick: bool = False) -> list[Ceiling]:
                 for variant, pattern in enumerate(patterns):
                     if variant in (1, 3) and level in ("L1", "L2"):
                         continue  # prefetching what is near only costs
-                    rate = best(lambda a=(width, variant, size): library.ceil_read(*a, seconds, threads))  # type: ignore[misc]
+                    rate = library.ceil_read(width, variant, size, *time) / 1e9
                     if rate > top:
                         top, note = rate, f"{size >> 10} KB, {pattern}, {'AVX-512' if width else 'AVX2'}"
         found.append(Ceiling(f"read_{level}", f"read, {level}", "GB/s", top, note))
     size = read_sizes(machine.caches(), threads)["DRAM"][0] // 2
     for streaming, kind_name in ((0, "plain"), (1, "streaming")):
-        rate = best(lambda a=(streaming, size): library.ceil_copy(*a, seconds, threads))  # type: ignore[misc]
+        rate = library.ceil_copy(streaming, size, *time) / 1e9
         found.append(
-            Ceiling(f"copy_{kind_name}", f"copy, DRAM, {kind_name} stores", "GB/s", rate, "bytes read + bytes written")
+            Ceiling(
+                f"copy_{kind_name}",
+                f"copy, DRAM, {kind_name} stores",
+                "GB/s",
+                rate,
+                "bytes read + bytes written",
+            )
         )
     return found
 

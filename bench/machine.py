@@ -63,6 +63,11 @@ def cpu_level() -> str:
     return "avx2" if avx2 else "scalar"
 
 
+def beyond_avx2() -> bool:
+    """Has this CPU more than AVX2, so that something that is to be compared on AVX2 must be held to it?"""
+    return bool({"avx512f", "avx_vnni"} & set(_cpuinfo().get("flags", "").split()))
+
+
 def level_in_use(info: dict[str, Any] | None = None) -> str:
     """What fastsparse says it uses; without it, the CPU's best level capped by FASTSPARSE_ISA."""
     if info and info.get("isa") in LEVELS:
@@ -89,7 +94,12 @@ def short_name(model: str, family: str, number: str) -> str:
 
 def scrub(text: str) -> str:
     """Takes this machine's folders, host and user out of a message that goes into a result."""
-    folders = {str(ROOT): "<repo>", sys.prefix: "<python>", sys.base_prefix: "<python>", str(Path.home()): "~"}
+    folders = {
+        str(ROOT): "<repo>",
+        sys.prefix: "<python>",
+        sys.base_prefix: "<python>",
+        str(Path.home()): "~",
+    }
     for folder in sorted(folders, key=len, reverse=True):
         if len(folder) > 1:
             text = text.replace(folder, folders[folder])
@@ -155,10 +165,11 @@ def describe() -> dict[str, Any]:
         "caches": caches(),
         "caches_assumed": not cache_sizes(),
         "cpu_level": cpu_level(),
+        "beyond_avx2": beyond_avx2(),
         "isa": level_in_use(info),
         "software": found,
         "compiler": compiler.splitlines()[0] if compiler else None,
-        "kernel": f"{platform.system()} {platform.release()}",
+        "kernel": " ".join([platform.system(), *re.findall(r"^\d+\.\d+", platform.release())]),
         "libc": " ".join(platform.libc_ver()).strip() or None,
         "commit": _run("git", "rev-parse", "--short=12", "HEAD"),
         "uncommitted_changes": bool(_run("git", "status", "--porcelain")),

@@ -45,8 +45,11 @@ def level_of(weight_bytes: int, caches: Mapping[str, int]) -> str:
 def copies_for(weight_bytes: int, caches: Mapping[str, int]) -> int:
     """How many copies rotate so that the weights are read from `level_of` them, and not from the level inside it."""
     level = level_of(weight_bytes, caches)
-    inner = [caches[name] for name in ("L1", "L2", "L3") if name in caches and name < level] if level != "DRAM" else (
-        list(caches.values()))
+    inner = (
+        [caches[name] for name in ("L1", "L2", "L3") if name in caches and name < level]
+        if level != "DRAM"
+        else (list(caches.values()))
+    )
     if not inner or weight_bytes <= 0 or level == "L1":
         return 1
     copies = -(-INNER_FACTOR * max(inner) // weight_bytes)

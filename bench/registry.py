@@ -64,7 +64,7 @@ class Implementation:
     available: Callable[[], str | None] | None = None  # None, or why not; asked in the worker
     kernel_time: Callable[..., float | None] | None = None  # kernel_time(repeats, copies, **shape) -> seconds a launch
     env: Mapping[str, str] = field(default_factory=dict)
-    above: str | None = None  # runs only where the CPU's best level lies above this one
+    beyond_avx2: bool = False  # runs only on a CPU that has more than AVX2
     mallocs: Sequence[str] = MALLOCS
 
 
@@ -77,6 +77,7 @@ class Case:
     unit: str
     work: Callable[..., float] | None
     quick: Callable[..., bool]
+    over: str  # the axis that a table's lines and a plot's x run over; the others make a panel
     implementations: list[Implementation] = field(default_factory=list)
 
     def value(self, seconds: float, shape: Shape) -> float:
@@ -107,6 +108,7 @@ def case(
     unit: str = "us",
     work: Callable[..., float] | None = None,
     quick: Callable[..., bool] = lambda **_: True,
+    over: str = "m",
     **implementation: Any,
 ) -> Callable[[BuilderT], BuilderT]:
     """Registers a case together with our builder for it. `quick(**shape)` picks the shapes of a --quick run."""
@@ -117,7 +119,7 @@ def case(
         if name in _cases:
             raise RegistryError(f"case {name} is registered twice")
         ours = Implementation(OURS, "ours", build, **implementation)
-        _cases[name] = Case(name, shapes, unit, work, quick, [ours])
+        _cases[name] = Case(name, shapes, unit, work, quick, over, [ours])
         return build
 
     return register

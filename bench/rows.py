@@ -10,6 +10,9 @@ from typing import Any
 from bench import ceilings
 from bench.registry import OURS, label
 
+# No row can do more than a ceiling; one that is this far above it shows that the ceiling was measured under load.
+CEILING_BROKEN = 1.1
+
 
 @dataclass
 class Row:
@@ -66,17 +69,23 @@ class Row:
         return asdict(self)
 
 
-def add_fractions(rows: Iterable[Row], values: Mapping[str, float], isa: str) -> None:
-    """Each row as a fraction of the compute ceiling of its kind and of the read bandwidth of its weights' level."""
+def add_fractions(rows: Iterable[Row], values: Mapping[str, float], isa: str, cpu_level: str) -> None:
+    """Each row as a fraction of the compute ceiling of its kind and of the read bandwidth of its weights' level.
+
+    Ours runs at `isa`, which may be capped; peers run at what the CPU has.
+    """
+    levels = {"ours": isa, "held": "avx2"}
     for row in rows:
         if row.seconds is None:
             continue
         row.fractions, row.ceilings = {}, {}
-        compute = ceilings.compute_ceiling(row.compute, "avx2" if row.kind == "held" else isa)
+        compute = ceilings.compute_ceiling(row.compute, levels.get(row.kind, cpu_level))
+        if compute == "fma_avx2" and row.kind != "held" and "fma_avx512" in values:
+            compute = "fma_avx512"  # AVX-512 without VNNI: no level of ours, but torch's fp32 uses it
         for prefix, seconds in (("", row.median), ("kernel_", row.kernel_seconds)):
             if not seconds:
                 continue
-            if compute in values and row.work:
+            if compute is not None and compute in values and row.work:
                 row.ceilings["compute"] = compute
                 row.fractions[prefix + "compute"] = row.work / seconds / 1e9 / values[compute]
             read = f"read_{row.level}"

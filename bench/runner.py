@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Child:
         if tunables is not None:
             environment["GLIBC_TUNABLES"] = tunables
         command = [sys.executable, "-m", "bench.worker", "--family", settings.family, "--name", name]
-        self.stderr = tempfile.TemporaryFile("w+")
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by close()
         self.process = subprocess.Popen(
             [*command, "--threads", threads],
             cwd=machine.ROOT,
@@ -117,10 +118,8 @@ class Child:
 
     def close(self) -> None:
         if self.process.stdin is not None:
-            try:
+            with contextlib.suppress(OSError):
                 self.process.stdin.close()
-            except OSError:
-                pass
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -182,7 +181,7 @@ class Entry:
 
 
 def selected(cases: Mapping[str, Case], settings: Settings) -> list[tuple[Case, Shape]]:
-    """The (case, shape) pairs of this run: --only matches `case M=.. K=.. N=..`, --quick takes the case's quick ones."""
+    """The (case, shape) pairs of this run: --only matches `case M=.. K=.. N=..`, --quick takes a case's quick ones."""
     only = re.compile(settings.only or "")
     return [
         (case, shape)
@@ -195,7 +194,7 @@ def selected(cases: Mapping[str, Case], settings: Settings) -> list[tuple[Case, 
 def run(
     cases: Mapping[str, Case],
     settings: Settings,
-    cpu_level: str,
+    beyond_avx2: bool,
     report: Callable[[str, Sequence[Row]], None] = lambda *_: None,
 ) -> list[Row]:
     """All rows of a run. A peer that is unavailable, raises or crashes is a row that says so."""
@@ -204,11 +203,11 @@ def run(
     try:
         todo = selected(cases, settings)
         for case, _ in todo:  # all at once: importing torch is most of a short run
-            for implementation, malloc in _who(case, settings, cpu_level):
+            for implementation, malloc in _who(case, settings, beyond_avx2):
                 children.get(implementation, malloc)
         for case, shape in todo:
             report(f"{case.name} {label(shape)}", [])
-            found = _measure(case, shape, settings, cpu_level, children)
+            found = _measure(case, shape, settings, beyond_avx2, children)
             rows += found
             report(f"{case.name} {label(shape)}", found)
     finally:
@@ -216,19 +215,19 @@ def run(
     return rows
 
 
-def _who(case: Case, settings: Settings, cpu_level: str) -> list[tuple[Implementation, str]]:
+def _who(case: Case, settings: Settings, beyond_avx2: bool) -> list[tuple[Implementation, str]]:
     return [
         (implementation, malloc)
         for implementation in case.implementations
-        if implementation.above is None or machine.above(cpu_level, implementation.above)
+        if beyond_avx2 or not implementation.beyond_avx2
         for malloc in settings.mallocs
         if malloc in implementation.mallocs
     ]
 
 
-def _measure(case: Case, shape: Shape, settings: Settings, cpu_level: str, children: Children) -> list[Row]:
+def _measure(case: Case, shape: Shape, settings: Settings, beyond_avx2: bool, children: Children) -> list[Row]:
     entries = []
-    for implementation, malloc in _who(case, settings, cpu_level):
+    for implementation, malloc in _who(case, settings, beyond_avx2):
         row = Row(
             case.name,
             dict(shape),
@@ -281,6 +280,7 @@ def _measure(case: Case, shape: Shape, settings: Settings, cpu_level: str, child
     for entry in entries:
         if entry.row.error is None:
             ask(entry, do="drop")
+            entry.row.error = None  # the figures stand, even if dropping the operands failed
             _fill(entry, case, shape)
     return [entry.row for entry in entries]
 
@@ -292,7 +292,11 @@ def _fill(entry: Entry, case: Case, shape: Shape) -> None:
     used = entry.quiet or entry.noisy
     row.discarded = len(entry.noisy) if entry.quiet else 0
     seconds = [figures["seconds"] for figures in used]
-    row.seconds = {"median": percentile(seconds, 50), "p20": percentile(seconds, 20), "p80": percentile(seconds, 80)}
+    row.seconds = {
+        "median": percentile(seconds, 50),
+        "p20": percentile(seconds, 20),
+        "p80": percentile(seconds, 80),
+    }
     row.value = case.value(row.median, shape)
     row.rounds, row.calls = len(used), sum(figures["calls"] for figures in used)
 
@@ -307,3 +311,8 @@ def _fill(entry: Entry, case: Case, shape: Shape) -> None:
 def family_argument(family: str) -> str:
     """Children run in the repository's root, so a family file is handed on by its full path."""
     return str(Path(family).resolve()) if family.endswith(".py") else family
+
+
+def quick(settings: Settings) -> Settings:
+    """Seconds instead of minutes: few rounds, little time for each, the default malloc only."""
+    return replace(settings, rounds=3, budget={"default": 0.12, "keep": 0.12}, mallocs=("default",), quick=True)

@@ -14,8 +14,9 @@ import sys
 
 def which(prefix: str, sanitize: str) -> None:
     import fastsparse
-    from fastsparse import _C, ops  # noqa: F401
+    from fastsparse import _library
 
+    _C = _library.load()
     built = _C.build_info()["sanitize"]
     print(f"test_asan: {fastsparse.__file__}, {_C.__file__}, sanitize={built}")
     for path in (fastsparse.__file__, _C.__file__):
@@ -46,9 +47,9 @@ def add(library: str) -> None:
 
 def read(isa: str) -> None:
     import torch
+    from fastsparse import _library, ops
 
-    from fastsparse import _C, ops
-
+    _C = _library.load()
     _C.set_isa(isa)
     # A tensor that claims 256 bytes of a block of 255.
     lie = (ctypes.c_char * 256).from_address(malloc(255))

@@ -7,6 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from fastsparse import _library
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 well, 1 something does not hold, 2 the call was wrong."""
@@ -24,10 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="same seed, same accuracy")
     demo.add_argument("--quick", action="store_true", help="a small network and few steps, without torch.compile")
     options = parser.parse_args(arguments)
+    if options.command == "info":
+        return _info(options)
     try:
-        return {"info": _info, "check": _check, "demo": _demo}[options.command](options)
-    except BrokenPipeError:
-        return 1
+        _library.load()
+    except _library.LibraryError as error:
+        print(f"fastsparse {options.command}: {error}", file=sys.stderr)
+        return 2
+    return _check(options) if options.command == "check" else _demo(options)
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -39,13 +45,11 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from fastsparse._library import LibraryError
+    from fastsparse._check import check
 
     try:
-        from fastsparse._check import check
-
         report = check(options.device)
-    except (LibraryError, ValueError) as error:
+    except ValueError as error:
         print(f"fastsparse check: {error}", file=sys.stderr)
         return 2
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
@@ -53,15 +57,9 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from fastsparse._library import LibraryError
+    from fastsparse import demo
 
-    try:
-        from fastsparse import demo
-
-        return demo.run(output=options.output, seed=options.seed, quick=options.quick)
-    except LibraryError as error:
-        print(f"fastsparse demo: {error}", file=sys.stderr)
-        return 2
+    return demo.run(output=options.output, seed=options.seed, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,324 @@
+"""int8_gemm: int8_linear and int8_mm against torch, and the fixed cost of a call.
+
+Default grad mode, no operand requires a gradient. Peers call the same torch operators as torch's own modules do, not
+the modules, as ours are called without one. Figures count useful work: 2 M N K operations.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bench.registry import Call, Check, case, grid, peer
+
+warnings.filterwarnings("ignore", message=".*(quantiz|torch.ao).*")  # that these are deprecated is known
+
+WEIGHTS = ((384, 1536), (768, 768), (768, 3072), (4096, 4096))  # (K, N)
+LINEAR = [{"m": m, "k": k, "n": n} for k, n in WEIGHTS for m in (1, 4, 16, 64, 128, 512)]
+MM = [{"m": m, "k": k, "n": n} for m, k, n in ((64, 768, 768), (512, 512, 512), (128, 768, 3072))]
+SMALL = grid(m=[16], k=[16], n=[16], bias=[1, 0])
+
+# Rows of the result that are held against float64: the whole of M = 512, N = 4096 would take longer than the bench.
+CHECKED_ROWS = 16
+
+
+class Linear(NamedTuple):
+    """The operands of a linear layer; all implementations get the same numbers."""
+
+    x: Tensor  # f32[M, K]
+    weight: Tensor  # s8[N, K]
+    scale: Tensor  # f32[N]
+    bias: Tensor | None  # f32[N]
+
+
+@functools.lru_cache(maxsize=1)
+def linear_operands(m: int, k: int, n: int, bias: int = 1) -> Linear:
+    """Full-range weights, -128 included; scales that make outputs of about 1."""
+    g = torch.Generator().manual_seed(m * 1_000_003 + k * 1_009 + n)
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=g)
+    scale = (torch.rand(n, generator=g) + 0.5) / (74 * k**0.5)
+    x = torch.randn(m, k, generator=g)
+    return Linear(x, weight, scale, torch.randn(n, generator=g) if bias else None)
+
+
+@functools.lru_cache(maxsize=1)
+def s8_operands(m: int, k: int, n: int) -> tuple[Tensor, Tensor]:
+    """s8[M, K] and s8[K, N], full range."""
+    g = torch.Generator().manual_seed(m * 1_000_003 + k * 1_009 + n)
+    a = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=g)
+    return a, torch.randint(-128, 128, (k, n), dtype=torch.int8, generator=g)
+
+
+def int8_bytes(m: int, k: int, n: int) -> int:
+    return n * k
+
+
+def fp32_bytes(m: int, k: int, n: int) -> int:
+    return 4 * n * k
+
+
+def work(m: int, k: int, n: int) -> float:
+    return 2.0 * m * n * k
+
+
+# ---- checks ----
+
+
+def _rows(m: int) -> Tensor:
+    """Up to CHECKED_ROWS rows, evenly spread, the first and the last among them."""
+    return torch.linspace(0, m - 1, min(m, CHECKED_ROWS)).round().long()
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def _bias(operands: Linear) -> Tensor:
+    return torch.zeros(1, dtype=torch.double) if operands.bias is None else operands.bias.double()
+
+
+def _oracle(x: Tensor, operands: Linear) -> Tensor:
+    """Quantized as the contract says, then float64."""
+    try:
+        from fastsparse import reference
+    except Exception:  # a build that can't be imported; then the same in a few lines
+        scale = (x.abs().amax(1, keepdim=True) / 127.0).clamp_min(torch.finfo(torch.float32).tiny)
+        codes = (x * (1.0 / scale)).round()
+        sums = codes.double() @ operands.weight.double().t()
+        return sums * scale.double() * operands.scale.double() + _bias(operands)
+    return reference.int8_linear(x, operands.weight, operands.scale, operands.bias)
+
+
+def check_ours(got: Tensor, m: int, k: int, n: int, bias: int = 1) -> Check:
+    """Same codes as the oracle, so only float32 rounding in the epilogue may differ."""
+    o, rows = linear_operands(m, k, n, bias), _rows(m)
+    return Check(_relative(got[rows], _oracle(o.x[rows], o)), 1e-5, "relative to the oracle, Frobenius norm")
+
+
+def _check_float(tolerance: float) -> Callable[..., Check]:
+    def check(got: Tensor, m: int, k: int, n: int, bias: int = 1) -> Check:
+        o, rows = linear_operands(m, k, n, bias), _rows(m)
+        want = o.x[rows].double() @ (o.weight.double() * o.scale.double()[:, None]).t() + _bias(o)
+        return Check(_relative(got[rows], want), tolerance, "relative to unquantized float64, Frobenius norm")
+
+    return check
+
+
+def _exact(got: Tensor, want: Tensor) -> Check:
+    return Check(float((got.double() - want).abs().max()), 0.0, "largest difference to the exact integers")
+
+
+def check_mm(got: Tensor, m: int, k: int, n: int) -> Check:
+    a, b = s8_operands(m, k, n)
+    rows = _rows(m)
+    return _exact(got[rows], a[rows].double() @ b.double())
+
+
+def check_mm_fp32(got: Tensor, m: int, k: int, n: int) -> Check:
+    a, b = s8_operands(m, k, n)
+    rows = _rows(m)
+    return Check(_relative(got[rows], a[rows].double() @ b.double()), 1e-5, "relative to float64, Frobenius norm")
+
+
+def check_bare(got: Tensor, m: int, k: int, n: int) -> Check:
+    codes, rows = _codes(m, k, n), _rows(m)
+    return _exact(got[rows], codes[rows].double() @ linear_operands(m, k, n).weight.double().t())
+
+
+# ---- int8_linear ----
+
+
+def fastsparse_missing() -> str | None:
+    try:
+        from fastsparse import ops  # noqa: F401
+    except Exception as e:
+        return f"fastsparse can't be imported: {e}"
+    return None
+
+
+def linear_kernel_time(repeats: int, copies: int, m: int, k: int, n: int, bias: int = 1) -> float | None:
+    """Seconds per launch without the dispatcher, from the extension's own hook; None where a build lacks it."""
+    from fastsparse import _C
+
+    hook = getattr(_C, "time_int8_linear", None)
+    return float(hook(m, n, k, repeats, copies)) if hook else None
+
+
+@case(
+    "int8_linear",
+    shapes=LINEAR,
+    unit="GOP/s",
+    work=work,
+    quick=lambda m, k, n: (k, n) == (768, 768) and m in (1, 16, 128),
+    compute="int8",
+    weight_bytes=int8_bytes,
+    check=check_ours,
+    available=fastsparse_missing,
+    kernel_time=linear_kernel_time,
+)
+def ours(m: int, k: int, n: int) -> Call:
+    from fastsparse import ops
+
+    o = linear_operands(m, k, n)
+    pack = ops.pack(o.weight, "vnni16")
+    return lambda: ops.int8_linear(o.x, pack, o.scale, o.bias)
+
+
+def engine_missing(engine: str) -> Callable[[], str | None]:
+    def available() -> str | None:
+        known = torch.backends.quantized.supported_engines
+        return None if engine in known else f"this torch has no quantized engine {engine}, only {', '.join(known)}"
+
+    return available
+
+
+def torch_dynamic(engine: str) -> Callable[..., Call]:
+    """torch.ao.nn.quantized.dynamic.Linear's operator: per-tensor activations, per-channel weights, fused bias.
+
+    reduce_range (7-bit activations) as that module passes it: without it AVX2 saturates and the result is wrong.
+    """
+
+    def build(m: int, k: int, n: int, bias: int = 1) -> Call:
+        o = linear_operands(m, k, n, bias)
+        torch.backends.quantized.engine = engine
+        zeros = torch.zeros(n, dtype=torch.long)
+        quantized = torch._make_per_channel_quantized_tensor(o.weight, o.scale.double(), zeros, 0)
+        packed = torch.ops.quantized.linear_prepack(quantized, o.bias)
+        linear_dynamic: Any = torch.ops.quantized.linear_dynamic
+        return lambda: linear_dynamic(o.x, packed, True)
+
+    return build
+
+
+for _engine in ("x86", "onednn"):
+    peer(
+        "int8_linear",
+        f"torch {_engine} dynamic",
+        kind="fused",
+        compute="int8",
+        weight_bytes=int8_bytes,
+        check=_check_float(0.05),
+        available=engine_missing(_engine),
+    )(torch_dynamic(_engine))
+
+
+@functools.lru_cache(maxsize=1)
+def _codes(m: int, k: int, n: int) -> Tensor:
+    x = linear_operands(m, k, n).x
+    return (x * (127.0 / x.abs().amax(1, keepdim=True))).round().to(torch.int8)
+
+
+@peer(
+    "int8_linear",
+    "torch._int_mm",
+    kind="bare",
+    compute="int8",
+    weight_bytes=int8_bytes,
+    check=check_bare,
+)
+def bare_int_mm(m: int, k: int, n: int) -> Call:
+    """No quantize, no epilogue. The weight as torch stores it, [N, K], seen transposed: the faster of both layouts."""
+    codes, weight = _codes(m, k, n), linear_operands(m, k, n).weight.clone()
+    return lambda: torch._int_mm(codes, weight.t())
+
+
+@peer(
+    "int8_linear",
+    "torch fp32",
+    kind="fp32",
+    compute="fp32",
+    weight_bytes=fp32_bytes,
+    check=_check_float(1e-4),
+)
+@peer(
+    "int8_linear",
+    "torch fp32 held to AVX2",
+    kind="held",
+    compute="fp32",
+    weight_bytes=fp32_bytes,
+    check=_check_float(1e-4),
+    env={"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    beyond_avx2=True,
+    mallocs=("default",),
+)
+def fp32_linear(m: int, k: int, n: int, bias: int = 1) -> Call:
+    o = linear_operands(m, k, n, bias)
+    weight = o.weight.float() * o.scale[:, None]
+    return lambda: functional.linear(o.x, weight, o.bias)
+
+
+peer(
+    "int8_linear",
+    "fastsparse held to AVX2",
+    kind="held",
+    compute="int8",
+    weight_bytes=int8_bytes,
+    check=check_ours,
+    available=fastsparse_missing,
+    env={"FASTSPARSE_ISA": "avx2"},
+    beyond_avx2=True,
+    mallocs=("default",),
+)(ours)
+
+
+# ---- int8_mm ----
+
+
+@case(
+    "int8_mm",
+    shapes=MM,
+    unit="GOP/s",
+    work=work,
+    quick=lambda m, k, n: (m, k, n) == (64, 768, 768),
+    compute="int8",
+    weight_bytes=int8_bytes,
+    check=check_mm,
+    available=fastsparse_missing,
+)
+def ours_mm(m: int, k: int, n: int) -> Call:
+    from fastsparse import ops
+
+    a, b = s8_operands(m, k, n)
+    b = b.clone()
+    return lambda: ops.int8_mm(a, b)
+
+
+@peer("int8_mm", "torch._int_mm", kind="bare", compute="int8", weight_bytes=int8_bytes, check=check_mm)
+def torch_int_mm(m: int, k: int, n: int) -> Call:
+    a, b = s8_operands(m, k, n)
+    b = b.clone()
+    return lambda: torch._int_mm(a, b)
+
+
+@peer("int8_mm", "torch fp32", kind="fp32", compute="fp32", weight_bytes=fp32_bytes, check=check_mm_fp32)
+def fp32_mm(m: int, k: int, n: int) -> Call:
+    a, b = (operand.float() for operand in s8_operands(m, k, n))
+    return lambda: torch.mm(a, b)
+
+
+# ---- the fixed cost of a call: 16x16 is no work ----
+
+
+@case("call_cost", shapes=SMALL, check=check_ours, available=fastsparse_missing, kernel_time=linear_kernel_time)
+def ours_small(m: int, k: int, n: int, bias: int) -> Call:
+    from fastsparse import ops
+
+    o = linear_operands(m, k, n, bias)
+    pack = ops.pack(o.weight, "vnni16")
+    return lambda: ops.int8_linear(o.x, pack, o.scale, o.bias)
+
+
+peer("call_cost", "torch fp32", kind="fp32", check=_check_float(1e-4))(fp32_linear)
+peer(
+    "call_cost",
+    "torch x86 dynamic",
+    kind="fused",
+    check=_check_float(0.05),
+    available=engine_missing("x86"),
+)(torch_dynamic("x86"))

@@ -1,0 +1,5 @@
+"""Modules over `fastsparse.ops`: what takes the place of a torch layer in a model."""
+
+from fastsparse.nn.int8_linear import Int8Linear
+
+__all__ = ["Int8Linear"]

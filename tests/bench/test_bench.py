@@ -1,0 +1,484 @@
+"""The bench itself: registry, phases, bars, processes. Nothing here depends on how fast anything is."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from bench import bars, ceilings, machine, measure, registry, report, rows, runner  # noqa: E402
+
+TOY = str(Path(__file__).with_name("toy_family.py"))
+CACHES = {"L1": 32 << 10, "L2": 1 << 20, "L3": 32 << 20}
+
+
+class FakeClock:
+    """Advances only when a call says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# ---- registry ----
+
+
+@pytest.fixture
+def toy() -> dict[str, registry.Case]:
+    return registry.load_family(TOY)
+
+
+def test_family_registers_cases_and_peers(toy: dict[str, registry.Case]) -> None:
+    assert list(toy) == ["toy", "toy_hang"]
+    names = [i.name for i in toy["toy"].implementations]
+    assert names[:2] == [registry.OURS, "good"]
+    assert toy["toy"].implementations[0].kind == "ours"
+    assert toy["toy"].value(2.0, {"m": 4}) == 2e-9
+    assert toy["toy_hang"].value(2e-6, {"m": 1}) == pytest.approx(2.0)  # unit us: microseconds a call
+
+
+def test_loading_again_registers_once() -> None:
+    for _ in range(2):
+        assert len(registry.load_family("int8_gemm")["int8_linear"].shapes) == 24
+
+
+def test_registry_refuses_contradictions(toy: dict[str, registry.Case]) -> None:
+    with pytest.raises(registry.RegistryError, match="toy is registered twice"):
+        registry.case("toy", shapes=[])(lambda m: lambda: m)
+    with pytest.raises(registry.RegistryError, match="case nothing is not registered"):
+        registry.peer("nothing", "x")(lambda m: lambda: m)
+    with pytest.raises(registry.RegistryError, match="has a peer good already"):
+        registry.peer("toy", "good")(lambda m: lambda: m)
+    with pytest.raises(registry.RegistryError, match="needs work"):
+        registry.case("other", shapes=[], unit="GB/s")
+    with pytest.raises(registry.RegistryError, match=r"known: .*int8_gemm"):
+        registry.load_family("no_such_family")
+
+
+def test_grid_and_label() -> None:
+    shapes = registry.grid(m=[1, 2], k=[3])
+    assert shapes == [{"m": 1, "k": 3}, {"m": 2, "k": 3}]
+    assert registry.label(shapes[0]) == "M=1 K=3"
+
+
+def test_only_and_quick_select(toy: dict[str, registry.Case]) -> None:
+    settings = runner.Settings(TOY, only="toy M=2")
+    assert [(c.name, dict(s)) for c, s in runner.selected(toy, settings)] == [("toy", {"m": 2})]
+    toy["toy"].quick = lambda m: m == 1
+    quick = runner.selected(toy, runner.quick(runner.Settings(TOY)))
+    assert [(c.name, dict(s)) for c, s in quick] == [("toy", {"m": 1}), ("toy_hang", {"m": 1})]
+
+
+def test_a_check_of_nan_is_not_ok() -> None:
+    assert registry.Check(0.1, 0.1, "").ok
+    assert not registry.Check(float("nan"), 1.0, "").ok
+
+
+# ---- measure ----
+
+
+def test_percentile_interpolates() -> None:
+    assert measure.percentile([3, 1, 2], 50) == 2
+    assert measure.percentile([1, 2], 20) == pytest.approx(1.2)
+    assert measure.percentile([5], 80) == 5
+    with pytest.raises(ValueError, match="no values"):
+        measure.percentile([], 50)
+
+
+@pytest.mark.parametrize(
+    ("size", "level", "copies"),
+    [
+        (16 << 10, "L1", 1),
+        (589824, "L2", 1),  # fits L2: one copy
+        (900 << 10, "L3", 5),  # would half lie in L2 if it were alone
+        (16 << 20, "L3", 1),
+        (30 << 20, "DRAM", 5),
+        (2 << 30, "DRAM", 1),  # larger than any set
+    ],
+)
+def test_level_and_copies(size: int, level: str, copies: int) -> None:
+    assert measure.level_of(size, CACHES) == level
+    assert measure.copies_for(size, CACHES) == copies
+
+
+def test_copies_stay_in_their_level() -> None:
+    for size in range(1 << 10, 64 << 20, 777_777):
+        level, copies = measure.level_of(size, CACHES), measure.copies_for(size, CACHES)
+        assert copies >= 1
+        if level != "DRAM":
+            assert size * copies <= CACHES[level]
+
+
+def test_plan_spends_the_budget() -> None:
+    assert measure.plan(2.0, 1, budget=1.0, rounds=7) is None  # the first call is the measurement
+    fast = measure.plan(1e-6, 4, budget=0.7, rounds=7)
+    assert fast == measure.Plan(7, pytest.approx(0.1), 4)
+    slow = measure.plan(0.3, 4, budget=0.7, rounds=7)
+    assert slow is not None
+    assert (slow.rounds, slow.warm_calls) == (3, 1)  # three rounds at least, the warm pass cut
+
+
+def test_burst_is_one_phase_over_rotating_copies() -> None:
+    clock, order = FakeClock(), []
+
+    def copy(i: int) -> Any:
+        def call() -> None:
+            order.append(i)
+            clock.now += 1.0
+
+        return call
+
+    found = measure.burst([copy(i) for i in range(3)], seconds=6.0, warm_calls=3, clock=clock)
+    assert order == list(itertools.islice(itertools.cycle(range(3)), 9))  # 3 warm, 6 measured, no gap
+    assert found.calls == 6
+    assert found.seconds == 1.0
+
+
+def test_burst_takes_the_median_sample_and_batches_fast_calls() -> None:
+    clock = FakeClock()
+    stalls = iter([0.0] * 4 + [10.0] + [0.0] * 10**6)
+
+    def slow() -> None:
+        clock.now += 1.0 + next(stalls)
+
+    assert measure.burst([slow], seconds=15.0, warm_calls=2, clock=clock).seconds == 1.0  # one sample was robbed
+
+    def fast() -> None:
+        clock.now += 1e-6
+
+    found = measure.burst([fast] * 3, seconds=1e-3, warm_calls=3, clock=clock)
+    assert found.calls % 3 == 0  # whole passes
+    assert found.seconds == pytest.approx(1e-6)
+
+
+def _load(wall: float, own: float, busy: float | None) -> measure.Load:
+    return measure.Load(wall, own, busy)
+
+
+def test_disturbance() -> None:
+    start = _load(0, 0, 0)
+    assert not measure.disturbance(start, _load(1, 1, 2), threads=1).disturbed  # the other core's load is not ours
+    assert measure.disturbance(start, _load(1, 0.5, 1), threads=1).disturbed  # robbed of its core
+    assert measure.disturbance(start, _load(1, 2, 3), threads=2).disturbed
+    quiet = measure.disturbance(start, _load(1, 1.99, 2), threads=2)
+    assert not quiet.disturbed
+    assert quiet.others == pytest.approx(0.01)
+    assert not measure.disturbance(start, _load(1, 2, None), threads=2).disturbed  # no /proc/stat
+
+
+# ---- machine, ceilings ----
+
+
+def test_short_names() -> None:
+    assert machine.short_name("AMD EPYC 7763 64-Core Processor", "25", "1") == "amd-epyc-7763"
+    assert machine.short_name("Intel(R) Xeon(R) Gold 6338 CPU @ 2.00GHz", "6", "106") == "intel-xeon-gold-6338"
+    assert machine.short_name("AMD EPYC", "23", "1") == "amd-epyc-family23-model1"
+
+
+def test_scrub_removes_folders() -> None:
+    text = machine.scrub(f"{ROOT}/bench/x.py, {Path.home()}/y, /some/where/else/lib.so and 3/4")
+    assert text.startswith("<repo>/bench/x.py, ")
+    assert str(Path.home()) + "/" not in text
+    assert "<path>/lib.so" in text
+    assert text.endswith("3/4")
+
+
+def test_read_sizes_lie_between_levels() -> None:
+    sizes = ceilings.read_sizes(CACHES, threads=1)
+    assert all(4 * CACHES["L1"] <= size < CACHES["L2"] for size in sizes["L2"])
+    assert all(4 * CACHES["L2"] <= size < CACHES["L3"] for size in sizes["L3"])
+    assert sizes["DRAM"][0] >= 4 * CACHES["L3"]
+
+
+def test_merge_takes_the_better_ceiling() -> None:
+    def ceiling(key: str, value: float | None) -> ceilings.Ceiling:
+        return ceilings.Ceiling(key, key, "GB/s", value)
+
+    merged = ceilings.merge([ceiling("a", 1), ceiling("b", 3), ceiling("c", None)], [ceiling("a", 2), ceiling("b", 2)])
+    assert [c.value for c in merged] == [2, 3, None]
+
+
+# ---- rows and bars ----
+
+
+def _row(case: str, seconds: float, name: str = registry.OURS, kind: str = "ours", **shape: int) -> rows.Row:
+    row = rows.Row(case, shape, name, kind, "default", 1, "GOP/s", check={"ok": True})
+    row.seconds = {"median": seconds, "p20": seconds, "p80": seconds}
+    if "k" in shape and case == "int8_linear":
+        row.work, row.compute = 2.0 * shape["m"] * shape["k"] * shape["n"], "fp32" if "fp32" in name else "int8"
+        row.weight_bytes, row.level = shape["k"] * shape["n"], "L2"
+    return row
+
+
+VALUES = {
+    "vnni_avx512": 750.0,
+    "madd_avx2": 130.0,
+    "fma_avx2": 95.0,
+    "fma_avx512": 180.0,
+    "read_L2": 140.0,
+    "read_L3": 30.0,
+}
+
+
+def _context(found: list[rows.Row], isa: str = "avx512", cpu: str = "avx512", threads: int = 1) -> bars.Context:
+    rows.add_fractions(found, VALUES, isa, cpu)
+    rows.add_ratios(found)
+    return bars.Context(found, isa, cpu, cpu != "avx2", threads, VALUES)
+
+
+def _grid(fraction: float = 0.9, fused: float = 1.6, held: float = 1.4, read: float = 0.9) -> list[rows.Row]:
+    """A whole run in which every bar's number is known."""
+    found = []
+    for k, n in bars.INT8_WEIGHTS:
+        for m in bars.INT8_ROWS:
+            shape = {"m": m, "k": k, "n": n}
+            seconds = 2.0 * m * k * n / (fraction * 750e9) if m > 1 else k * n / (read * 140e9)
+            found += [
+                _row("int8_linear", seconds, **shape),
+                _row("int8_linear", seconds * fused, "torch x86 dynamic", "fused", **shape),
+                _row("int8_linear", seconds * fused * 2, "torch onednn dynamic", "fused", **shape),
+                _row("int8_linear", seconds * 0.5, "torch._int_mm", "bare", **shape),  # bare: no bar looks at it
+                _row("int8_linear", seconds * held, "torch fp32", "fp32", **shape),
+                _row("int8_linear", seconds, bars.OURS_AVX2, "held", **shape),
+                _row("int8_linear", seconds * held, bars.MKL_AVX2, "held", **shape),
+            ]
+    for bias in (0, 1):
+        shape = {"m": 16, "k": 16, "n": 16, "bias": bias}
+        found += [_row("call_cost", 1.1, **shape), _row("call_cost", 1.0, "torch fp32", "fp32", **shape)]
+    return found
+
+
+def _verdicts(context: bars.Context) -> dict[str, bars.Verdict]:
+    return {verdict.key: verdict for verdict in bars.judge_all("int8_gemm", context)}
+
+
+def test_bars_met() -> None:
+    found = _verdicts(_context(_grid()))
+    assert {key: v.status for key, v in found.items()} == dict.fromkeys(found, bars.MET)
+    assert found["int8-compute"].measured == pytest.approx(0.9)
+    assert found["int8-fused"].measured == pytest.approx(1.6)
+
+
+def test_bars_missed_say_how_much() -> None:
+    found = _verdicts(_context(_grid(fraction=0.765, fused=1.2, held=1.0, read=0.7)))
+    for key in ("int8-compute", "int8-read", "int8-fused", "int8-avx2"):
+        assert found[key].status == bars.MISSED
+    assert found["int8-compute"].detail.startswith("10.0% below the bar")
+    assert "0 of 12 reach it" in found["int8-compute"].detail
+
+
+def test_bars_not_measurable_on_avx2() -> None:
+    found = _verdicts(_context(_grid(), isa="avx2", cpu="avx2"))
+    assert found["int8-compute"].status == bars.NOT_MEASURABLE
+    assert found["int8-compute"].detail == "not measurable: this CPU has no AVX-512-VNNI"
+    assert found["int8-compute"].measured is None
+    assert found["int8-read"].detail.startswith("not measurable: this CPU has no AVX-512-VNNI")
+    assert found["int8-avx2"].status == bars.MET  # fp32 as it runs there anyway
+    assert found["int8-call"].status == bars.MET
+
+
+def test_bars_under_a_cap_and_with_threads() -> None:
+    capped = _verdicts(_context(_grid(), isa="avx2"))
+    assert "level in use is avx2" in capped["int8-compute"].detail
+    threads = _verdicts(_context(_grid(), threads=2))
+    assert {v.status for v in threads.values()} == {bars.NOT_MEASURABLE}
+
+
+def test_bars_with_missing_rows_are_open_unless_missed_anyway() -> None:
+    grid = [row for row in _grid() if row.shape["m"] != 512]
+    assert _verdicts(_context(grid))["int8-compute"].status == bars.NOT_MEASURABLE
+    assert "4 of 12 figures are missing" in _verdicts(_context(grid))["int8-compute"].detail
+    bad = [row for row in _grid(fraction=0.1) if row.shape["m"] != 512]
+    assert _verdicts(_context(bad))["int8-compute"].status == bars.MISSED
+    assert _verdicts(_context([]))["int8-call"].status == bars.NOT_MEASURABLE
+
+
+def test_wrong_results_count_for_nobody() -> None:
+    grid = _grid()
+    for row in grid:
+        if row.name == "torch x86 dynamic":
+            row.check = {"ok": False, "error": 9.0, "tolerance": 0.1, "measure": ""}
+    assert _verdicts(_context(grid))["int8-fused"].measured == pytest.approx(3.2)  # the slower, right peer
+    for row in grid:
+        if row.name == registry.OURS:
+            row.check = {"ok": False, "error": 9.0, "tolerance": 0.1, "measure": ""}
+    assert _verdicts(_context(grid))["int8-fused"].status == bars.NOT_MEASURABLE
+
+
+def test_the_read_bar_is_held_against_the_kernels_own_time() -> None:
+    grid = _grid(read=0.5)
+    for row in grid:
+        if row.name == registry.OURS and row.shape["m"] == 1:
+            row.kernel_seconds = row.median / 1.9
+    verdict = _verdicts(_context(grid))["int8-read"]
+    assert verdict.status == bars.MET
+    assert verdict.measured == pytest.approx(0.95)
+
+
+def test_a_row_above_a_ceiling_is_no_proof() -> None:
+    context = _context(_grid(fraction=1.3))
+    assert _verdicts(context)["int8-compute"].status == bars.NOT_MEASURABLE
+    assert "measured while other processes ran" in _verdicts(context)["int8-compute"].detail
+
+    def notes(found: list[rows.Row]) -> list[str]:
+        _context(found)
+        return report.ceiling_table([], [row for row in found if row.name == registry.OURS]).notes
+
+    assert len(notes(_grid(fraction=1.3))) == 2
+    assert len(notes(_grid())) == 1
+
+
+def test_ratios_and_bounds() -> None:
+    found = _grid()
+    _context(found)
+    ours = next(row for row in found if row.name == registry.OURS and row.shape["m"] == 64)
+    assert ours.ratios["torch x86 dynamic"] == pytest.approx(1.6)
+    assert rows.bound(ours) == "compute"
+    fp32 = rows.find(found, ours, "torch fp32")
+    assert fp32 is not None
+    assert fp32.ceilings["compute"] == "fma_avx512"
+    held = rows.find(found, ours, bars.MKL_AVX2)
+    assert held is not None
+    assert held.ceilings["compute"] == "fma_avx2"
+
+
+# ---- processes ----
+
+
+@pytest.fixture(scope="module")
+def toy_rows() -> dict[tuple[str, int], rows.Row]:
+    """One run of the toy family, with every way of failing in it."""
+    settings = replace(runner.quick(runner.Settings(TOY, only="toy M")), budget={"default": 0.1}, timeout=100)
+    found = runner.run(registry.load_family(TOY), settings, beyond_avx2=False)
+    return {(row.name, row.shape["m"]): row for row in found}
+
+
+def test_good_rows_have_figures(toy_rows: dict[tuple[str, int], rows.Row]) -> None:
+    for name in (registry.OURS, "good", "prints"):
+        for m in (1, 2):
+            row = toy_rows[name, m]
+            assert row.right
+            assert row.seconds is not None
+            assert 0 < row.seconds["p20"] <= row.seconds["median"] <= row.seconds["p80"]
+            assert row.calls >= row.rounds >= 1  # how many rounds were quiet is the machine's business
+    assert toy_rows[registry.OURS, 1].level == "L1"
+    assert toy_rows[registry.OURS, 1].kernel_seconds in (1e-7, None)  # None: a single call outlasted the budget
+    assert toy_rows["good", 1].kernel_seconds is None
+
+
+def test_failures_are_rows(toy_rows: dict[tuple[str, int], rows.Row]) -> None:
+    assert toy_rows["raises in build", 1].error == "RuntimeError: no such kernel"
+    assert toy_rows["raises in call", 2].error == "ValueError: cannot do 2"
+    assert toy_rows["not here", 1].error == "not available: needs another machine"
+    wrong = toy_rows["wrong", 1]
+    assert wrong.ok
+    assert not wrong.right
+    assert ("only beyond AVX2", 1) not in toy_rows
+
+
+def test_a_crash_is_reported_and_the_run_goes_on(toy_rows: dict[tuple[str, int], rows.Row]) -> None:
+    assert toy_rows["crashes at 1", 1].error == "its process ended with exit code 3"
+    assert toy_rows["crashes at 1", 2].right  # in a new process
+
+
+def test_a_child_that_hangs_is_ended() -> None:
+    settings = runner.Settings(TOY, timeout=100)
+    child = runner.Child(registry.OURS, "default", {}, settings)
+    try:
+        assert child.ask(do="drop") == {"ok": True}
+        child.settings = replace(settings, timeout=0.1)
+        with pytest.raises(runner.ChildDied, match=r"no answer within 0\.1 s"):
+            child.ask(do="setup", case="toy_hang", shape={"m": 1}, budget=1, rounds=3)
+    finally:
+        child.close()
+
+
+def test_children_are_given_up_after_three_deaths(toy: dict[str, registry.Case]) -> None:
+    children = runner.Children(runner.Settings(TOY))
+    implementation = toy["toy"].implementations[0]
+    for _ in range(3):
+        children.bury(implementation, "default", "a reason")
+    with pytest.raises(runner.ChildDied, match="given up after 3 dead processes; the last: a reason"):
+        children.get(implementation, "default")
+
+
+def test_a_family_that_cannot_be_imported_is_a_row(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("from bench.registry import case\ncase('c', shapes=[{'m': 1}])(lambda m: lambda: m)\n")
+    cases = registry.load_family(str(broken))
+    broken.write_text("import a_module_that_does_not_exist\n")  # now only the children fail
+    (row,) = runner.run(cases, runner.quick(runner.Settings(str(broken))), beyond_avx2=False)
+    assert row.error == "ModuleNotFoundError: No module named 'a_module_that_does_not_exist'"
+
+
+# ---- end to end ----
+
+
+def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+def _forbidden(text: str) -> list[str]:
+    """Names of this machine that must not stand in a result."""
+    names = [str(ROOT), str(Path.home()) + os.sep, sys.prefix]
+    return [name for name in names if len(name) > 2 and name in text]
+
+
+def test_quick_run_of_a_family_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    done = _bench("--family", TOY, "--quick", "--only", "^toy M", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert result["schema"] == report.SCHEMA
+    assert result["family"] == "toy_family"
+    assert result["options"] == {"threads": 1, "quick": True, "only": "^toy M", "mallocs": ["default"]}
+    assert {row["shape"]["m"] for row in result["rows"]} == {1, 2}
+    assert result["machine"]["isa"] in machine.LEVELS
+    assert result["ceilings"]
+    text = path.with_suffix(".md").read_text()
+    assert "no such kernel" in text
+    assert not _forbidden(text + path.read_text())
+
+
+def test_quick_run_of_int8_gemm(tmp_path: Path) -> None:
+    """Torch's peers run wherever torch does; ours may be a row that says why it is missing."""
+    path = tmp_path / "out.json"
+    done = _bench("--family", "int8_gemm", "--quick", "--only", "call_cost|int8_linear M=1 ", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    fp32 = [row for row in result["rows"] if row["name"] == "torch fp32"]
+    assert fp32
+    assert all(row["seconds"] and row["check"]["ok"] for row in fp32)
+    for row in result["rows"]:
+        assert row["error"] or row["check"]["ok"] or row["kind"] != "ours"
+    assert {bar["key"] for bar in result["bars"]} == {bar.key for bar in bars.BARS}
+    assert {bar["status"] for bar in result["bars"]} <= {bars.MET, bars.MISSED, bars.NOT_MEASURABLE}
+    assert path.with_suffix(".md").exists()
+    assert not _forbidden(path.read_text() + path.with_suffix(".md").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--family", "nothing"], "no family 'nothing'"),
+        (["--family", "int8_gemm", "--only", "zzz"], "no shape matches"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(arguments: list[str], message: str) -> None:
+    done = _bench(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
