@@ -3,11 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <optional>
-#include <vector>
 
 #include "../runtime/checks.h"
 #if defined(FASTSPARSE_WITH_CUDA)
@@ -113,11 +113,11 @@ CheckedLinear check_linear(const Tensor& x, const Tensor& weight, const Tensor& 
   // Rows that lie apart by a constant step are read where they are; anything else is copied.
   const bool strided_matrix = dims == 2 && x.stride(1) == 1 && x.stride(0) >= k;
   int64_t m = 1;
-  std::vector<int64_t> shape(static_cast<size_t>(dims));
-  for (int64_t i = 0; i + 1 < dims; ++i) m *= shape[static_cast<size_t>(i)] = x.size(i);
-  shape.back() = n;
+  int64_t shape[64];  // torch allows no more dimensions
+  for (int64_t i = 0; i + 1 < dims; ++i) m *= shape[i] = x.size(i);
+  shape[dims - 1] = n;
   CheckedLinear c{{}, strided_matrix ? x : as_contiguous(x), as_contiguous(weight_scale),
-                  bias.has_value() ? as_contiguous(*bias) : weight_scale, torch::stable::new_empty(x, shape)};
+                  bias.has_value() ? as_contiguous(*bias) : weight_scale, empty(x, shape, dims, x.scalar_type())};
   c.args.x = c.rows.const_data_ptr();
   c.args.dtype = dtype;
   c.args.x_stride = strided_matrix ? x.stride(0) : k;
@@ -150,7 +150,7 @@ Tensor linear_cuda(Tensor x, Tensor weight, Tensor weight_scale, std::optional<T
   check_proven(kLinear, sm80::kName, sm80::kProven);
   const CheckedLinear c = check_linear(x, weight, weight_scale, bias, activation, x_scale, x_zero_point);
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(x.get_device_index()));
-  Tensor scratch = torch::stable::new_empty(x, {sm80::scratch_bytes(c.args.m, c.args.k)}, ScalarType::Byte);
+  Tensor scratch = empty(x, std::array{sm80::scratch_bytes(c.args.m, c.args.k)}.data(), 1, ScalarType::Byte);
   sm80::linear(c.args, static_cast<uint8_t*>(scratch.mutable_data_ptr()), current_cuda_stream(x));
   return c.y;
 }
@@ -186,7 +186,7 @@ Tensor mm_cpu(Tensor a, Tensor b) {
   args.b = static_cast<const int8_t*>(b.const_data_ptr());
   args.b_stride_k = b.stride(0);
   args.b_stride_n = b.stride(1);
-  Tensor c = torch::stable::new_empty(a, {args.m, args.n}, ScalarType::Int);
+  Tensor c = empty(a, std::array{args.m, args.n}.data(), 2, ScalarType::Int);
   args.c = static_cast<int32_t*>(c.mutable_data_ptr());
   matmul(select(), args);
   return c;
@@ -200,7 +200,7 @@ Tensor pack_cpu(Tensor weight) {
   if (k > kMaxK)
     fail("int8_pack", "K must be at most " + std::to_string(kMaxK) + " for the sums to be exact in int32, got " +
                           shape_of("weight", weight));
-  Tensor out = torch::stable::new_empty(weight, {vnni16::pack_bytes(n, k)}, ScalarType::Byte);
+  Tensor out = empty(weight, std::array{vnni16::pack_bytes(n, k)}.data(), 1, ScalarType::Byte);
   vnni16::pack(static_cast<const int8_t*>(weight.const_data_ptr()), weight.stride(0), weight.stride(1), n, k,
                static_cast<uint8_t*>(out.mutable_data_ptr()));
   return out;
@@ -213,7 +213,7 @@ Tensor unpack_cpu(Tensor pack, int64_t n, int64_t k) {
   const auto* data = static_cast<const uint8_t*>(bytes.const_data_ptr());
   const std::string error = vnni16::header_error(data, bytes.numel(), n, k);
   if (!error.empty()) fail("int8_unpack", "pack must be a vnni16 pack: " + error);
-  Tensor out = torch::stable::new_empty(pack, {n, k}, ScalarType::Char);
+  Tensor out = empty(pack, std::array{n, k}.data(), 2, ScalarType::Char);
   vnni16::unpack(data, n, k, static_cast<int8_t*>(out.mutable_data_ptr()));
   return out;
 }

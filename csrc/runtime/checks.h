@@ -63,6 +63,27 @@ inline void check_vector(const char* op, const char* name, const Tensor& t, int6
     fail(op, std::string(name) + " must have shape [" + std::to_string(length) + "], got " + shape_of(name, t));
 }
 
+// An uninitialised contiguous tensor on the device of `like`. Straight to the allocator: new_empty() goes through the
+// dispatcher, which costs as much as a small kernel.
+inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
+  constexpr int64_t kMaxDims = 64;  // torch itself allows no more
+  if (dims > kMaxDims) throw std::invalid_argument("a tensor has more than 64 dimensions");
+  int64_t strides[kMaxDims];
+  int64_t stride = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  int32_t device_type = 0, device_index = 0;
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_get_device_type(like.get(), &device_type) != 0 ||
+      aoti_torch_get_device_index(like.get(), &device_index) != 0 ||
+      aoti_torch_empty_strided(dims, sizes, strides, code, device_type, device_index, &handle) != 0)
+    throw std::runtime_error("torch could not allocate a tensor of the result's size");
+  return Tensor(handle);
+}
+
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 }  // namespace fs
