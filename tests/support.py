@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from fastsparse import _library
 from torch import Tensor
+
+from fastsparse import _library
 
 _C = _library.load()
 

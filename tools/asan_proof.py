@@ -47,6 +47,7 @@ def add(library: str) -> None:
 
 def read(isa: str) -> None:
     import torch
+
     from fastsparse import _library, ops
 
     _C = _library.load()

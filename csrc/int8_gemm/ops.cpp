@@ -6,6 +6,7 @@
 #include <array>
 #include <cfloat>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <optional>
 
@@ -31,6 +32,12 @@ DType float_dtype(const char* op, const Tensor& x) {
     case ScalarType::Half: return DType::f16;
     default: fail(op, std::string("x must be float32, bfloat16 or float16, got ") + dtype_name(x.scalar_type()));
   }
+}
+
+std::string text(float value) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%g", static_cast<double>(value));
+  return buffer;
 }
 
 // All exponent bits set: an infinity or a NaN. As integers, so that the compiler makes vectors of it.
@@ -97,7 +104,7 @@ CheckedLinear check_linear(const Tensor& x, const Tensor& weight, const Tensor& 
   if (x_scale.has_value()) {
     scale = *static_cast<const float*>(scalar(kLinear, "x_scale", *x_scale, ScalarType::Float));
     if (!(scale >= FLT_MIN) || !std::isfinite(scale))
-      fail(kLinear, "x_scale must be finite and at least 1.2e-38, got " + std::to_string(scale));
+      fail(kLinear, "x_scale must be finite and at least 1.2e-38, got " + text(scale));
   }
   if (x_zero_point.has_value()) {
     if (!x_scale.has_value()) fail(kLinear, "x_zero_point needs x_scale: dynamic quantization is symmetric");
@@ -160,6 +167,16 @@ Tensor linear_cuda(Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t, std::
       "int8_linear: x is on cuda, and this build of fastsparse has no CUDA kernels (FASTSPARSE_CUDA=ON makes one)");
 }
 #endif
+
+Tensor train_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, std::optional<Tensor> x_scale,
+                 std::optional<Tensor> x_zero_point) {
+  return linear_cpu(x, weight, weight_scale, bias, 0, x_scale, x_zero_point);
+}
+
+Tensor train_cuda(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias,
+                  std::optional<Tensor> x_scale, std::optional<Tensor> x_zero_point) {
+  return linear_cuda(x, weight, weight_scale, bias, 0, x_scale, x_zero_point);
+}
 
 Tensor mm_cuda(Tensor, Tensor) {
   throw std::runtime_error("int8_mm: a is on cuda, and there is no CUDA kernel for int8_mm yet; use torch._int_mm there");
@@ -225,11 +242,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
   m.def(
       "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int activation=0, "
       "Tensor? x_scale=None, Tensor? x_zero_point=None) -> Tensor");
-  // The same kernel under a name that carries autograd: registered on int8_linear itself, autograd would cost every
-  // call 4 us, gradient or not.
+  // The same kernel under a name that carries autograd, without the activation, which torch differentiates itself:
+  // registered on int8_linear, autograd would cost every call 4 us, gradient or not.
   m.def(
-      "int8_linear_train(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int activation=0, "
-      "Tensor? x_scale=None, Tensor? x_zero_point=None) -> Tensor");
+      "int8_linear_train(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, "
+      "Tensor? x_zero_point=None) -> Tensor");
   m.def("int8_mm(Tensor a, Tensor b) -> Tensor");
   m.def("int8_pack(Tensor weight) -> Tensor");
   m.def("int8_unpack(Tensor pack, int n, int k) -> Tensor");
@@ -237,13 +254,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastsparse, CUDA, m) {
   m.impl("int8_linear", TORCH_BOX(&fs::int8_gemm::linear_cuda));
-  m.impl("int8_linear_train", TORCH_BOX(&fs::int8_gemm::linear_cuda));
+  m.impl("int8_linear_train", TORCH_BOX(&fs::int8_gemm::train_cuda));
   m.impl("int8_mm", TORCH_BOX(&fs::int8_gemm::mm_cuda));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsparse, CPU, m) {
   m.impl("int8_linear", TORCH_BOX(&fs::int8_gemm::linear_cpu));
-  m.impl("int8_linear_train", TORCH_BOX(&fs::int8_gemm::linear_cpu));
+  m.impl("int8_linear_train", TORCH_BOX(&fs::int8_gemm::train_cpu));
   m.impl("int8_mm", TORCH_BOX(&fs::int8_gemm::mm_cpu));
   m.impl("int8_pack", TORCH_BOX(&fs::int8_gemm::pack_cpu));
   m.impl("int8_unpack", TORCH_BOX(&fs::int8_gemm::unpack_cpu));

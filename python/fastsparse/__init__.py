@@ -17,7 +17,20 @@ except PackageNotFoundError:  # a source tree that was never installed
 _MODULES = ("io", "nn", "ops", "quantize", "reference", "report", "select")
 _FUNCTIONS = {"info": "_info", "check": "_check", "save": "io", "load": "io"}
 
-__all__ = ["__version__", "check", "info", "io", "load", "nn", "ops", "quantize", "reference", "report", "save", "select"]
+__all__ = [
+    "__version__",
+    "check",
+    "info",
+    "io",
+    "load",
+    "nn",
+    "ops",
+    "quantize",
+    "reference",
+    "report",
+    "save",
+    "select",
+]
 
 
 def __getattr__(name: str) -> Any:

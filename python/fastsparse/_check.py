@@ -99,7 +99,8 @@ def check(device: str | torch.device | None = None) -> Report:
                 continue
             with _running(extension, row):
                 _check_row(report, row, target)
-    absent = [f"{row['name']}" for row in extension.kernels() if row["level"] not in (*extension.isa_available(), "cuda")]
+    levels = (*extension.isa_available(), "cuda")
+    absent = [row["name"] for row in extension.kernels() if row["level"] not in levels]
     if absent:
         report.notes.append(f"not on this CPU, not checked: {', '.join(absent)}")
     return report
@@ -156,7 +157,8 @@ def _check_row(report: Report, row: dict[str, Any], device: torch.device) -> Non
         first_failure = f"{type(error).__name__}: {error}"
         worst = float("inf")
     kernel = row["name"] if row["proven"] else f"{row['name']} (never run on hardware before)"
-    report.add(family=row["family"], kernel=kernel, cases=count, worst=worst, result="FAILED" if first_failure else "ok")
+    result = "FAILED" if first_failure else "ok"
+    report.add(family=row["family"], kernel=kernel, cases=count, worst=worst, result=result)
     if first_failure:
         report.ok = False
         report.notes.append(f"FAILED: {row['family']} {row['name']}, first at {first_failure}")

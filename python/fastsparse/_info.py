@@ -96,7 +96,7 @@ def info_text() -> str:
         build = facts["build"]
         lines.append(f"built with  torch {build['built_with_torch']}, compiler {build['compiler']}")
         lines.append(f"CUDA build  {facts['cuda_built'] or 'no (FASTSPARSE_CUDA=ON at build time makes one)'}")
-        device = f"{facts['cuda_device']}, {facts['cuda_driver']}" if facts["cuda_available"] else "none that torch can use"
+        device = f"{facts['cuda_device']}, {facts['cuda_driver']}" if facts["cuda_available"] else "none for torch"
         lines.append(f"CUDA device {device}")
         for name in facts["cuda_unproven"]:
             lines.append(f"            {name}: never ran on hardware; off unless FASTSPARSE_UNPROVEN=1")

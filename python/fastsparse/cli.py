@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="every kernel that this machine can run, against its oracle")
     check.add_argument("--device", choices=["cpu", "cuda"], help="one device only (default: all that are usable)")
     check.add_argument("--json", action="store_true", help="as JSON")
-    demo = commands.add_parser("demo", help="train, convert where measured faster, save, load and evaluate on real digits")
+    demo = commands.add_parser("demo", help="the main job on real digits: train, convert, save, load, evaluate")
     demo.add_argument("--output", default="demo-output", help="folder for the table, the plot and the files")
     demo.add_argument("--seed", type=int, default=0, help="same seed, same accuracy")
     demo.add_argument("--quick", action="store_true", help="a small network and few steps, without torch.compile")

@@ -34,7 +34,9 @@ class Report:
     def __str__(self) -> str:
         cells = [self.columns] + [[_cell(row.get(column)) for column in self.columns] for row in self.rows]
         widths = [max(len(line[i]) for line in cells) for i in range(len(self.columns))]
-        lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+        lines = [
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
         rule = "  ".join("-" * width for width in widths)
         return "\n".join([self.title, "", lines[0], rule, *lines[1:], *([""] if self.notes else []), *self.notes])
 

@@ -8,15 +8,16 @@ import os
 import stat
 import struct
 
-import fastsparse
 import pytest
 import safetensors.torch
 import torch
-from fastsparse import ops
-from fastsparse.nn import Int8Linear
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+import fastsparse
+from fastsparse import ops
+from fastsparse.nn import Int8Linear
 
 
 class Block(nn.Module):
@@ -626,8 +627,8 @@ def with_tensor(data, name, at, value):
         ("head.weight", 6, b"\2", r"head\.weight .* version 2"),
         ("head.weight", 16, b"\4", r"head\.weight .* got a pack of \[N=4, K=37\]"),
         ("head.weight", 23, b"\x7f", r"head\.weight .* damaged header"),
-        ("head.weight", 32, b"\0\1", r"head\.weight is a damaged pack"),
-        ("head.weight", 60, b"\1", r"head\.weight is a damaged pack"),
+        ("head.weight", 32, b"\0\1", r"head\.weight must be a pack.*damaged header"),
+        ("head.weight", 60, b"\1", r"head\.weight must be a pack.*damaged header"),
         ("head.weight", 64, b"\x80", r"head\.weight is a damaged pack"),
         ("head.weight", 64 + 13, b"\1", r"head\.weight is a damaged pack"),
         ("head.weight", 64 + 640, b"\1\1\1\1", r"head\.weight is a damaged pack"),

@@ -8,10 +8,11 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+
 from fastsparse import ops, reference
 from fastsparse.nn import Int8Linear
 from fastsparse.nn.int8_linear import quantize_weight
-from torch import nn
 
 ACTIVATIONS = [None, "relu", "gelu", "silu"]
 HALVES = [torch.bfloat16, torch.float16]

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
 from fastsparse.nn import Int8Linear
 from fastsparse.quantize import Int8Dynamic, api, quantize_
 from fastsparse.select import Candidate
-from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
 

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from fastsparse import select
 from torch import nn
+
+from fastsparse import select
 
 
 def candidate(layer: str, implementation: str) -> select.Candidate:

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import fastsparse
 import pytest
 import torch
+from torch import nn
+
+import fastsparse
 from fastsparse import demo
 from fastsparse.nn import Int8Linear
 from fastsparse.select import Candidate
-from torch import nn
 
 PLAN = demo.QUICK
 

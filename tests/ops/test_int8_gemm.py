@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastsparse import _C, ops, reference
-from fastsparse.reference.int8_gemm import quantize_rows, quantize_static
 from hypothesis import given
 from hypothesis import strategies as st
-from support import around_tiles, forced, guarded, isa_levels, same_bits, strided, threads
 from torch import Tensor
+
+from fastsparse import _C, ops, reference
+from fastsparse.reference.int8_gemm import quantize_rows, quantize_static
+from support import around_tiles, forced, guarded, isa_levels, same_bits, strided, threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [None, "relu", "gelu", "silu"]
@@ -705,7 +706,7 @@ def linear_arguments(dtype: torch.dtype, mode: str, with_bias: bool, grad: bool 
     scale, zero_point = quantization(mode)
     x = torch.randn(2, 3, 9).to(dtype).requires_grad_(grad)
     bias = torch.randn(5).requires_grad_(grad) if with_bias else None
-    return x, ops.pack(s8(5, 9)), torch.rand(5), bias, 0, scale, zero_point
+    return x, ops.pack(s8(5, 9)), torch.rand(5), bias, scale, zero_point
 
 
 # Every mode with and without a bias, and on the way every dtype and activation.
@@ -714,7 +715,7 @@ OPCHECKS = list(zip(itertools.product(MODES, (False, True)), itertools.cycle(DTY
 
 @pytest.mark.parametrize(("mode_bias", "dtype", "activation"), OPCHECKS)
 def test_opcheck_linear(mode_bias: tuple[str, bool], dtype: torch.dtype, activation: int) -> None:
-    x, weight, weight_scale, bias, _, scale, zero_point = linear_arguments(dtype, *mode_bias)
+    x, weight, weight_scale, bias, scale, zero_point = linear_arguments(dtype, *mode_bias)
     torch.library.opcheck(raw.int8_linear.default, (x, weight, weight_scale, bias, activation, scale, zero_point))
     train = linear_arguments(dtype, *mode_bias, grad=True)
     torch.library.opcheck(raw.int8_linear_train.default, train)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fastsparse import _C, ops
 from support import cpu_rows, forced, isa_levels, selected_level
 

@@ -45,14 +45,12 @@ inline int32_t absmax_bits(const T* x, int64_t k) {  // of |x| as integers: NaN 
   return S::reduce_max_s32(S::max_s32(S::max_s32(m0, m1), S::max_s32(m2, m3)));
 }
 
+// The vector at x, of which only `count` elements (any number, also <= 0) are there; the others read as 0.
 template <class T>
-inline T zero_of();
-template <>
-inline float zero_of<float>() { return 0.0f; }
-template <>
-inline fs::bf16 zero_of<fs::bf16>() { return {0}; }
-template <>
-inline fs::f16 zero_of<fs::f16>() { return {0}; }
+inline Simd::F load_up_to(const T* x, int count) {
+  if (count >= Simd::kWidth) return Simd::load(x);
+  return count > 0 ? Simd::load_n(x, count) : Simd::set1(0.0f);
+}
 
 // codes(x vector) -> s32 vector, over a row into its panel.
 template <class T, class Codes>
@@ -65,10 +63,9 @@ inline void write_codes(const T* x, uint8_t* row, int64_t block_stride, int64_t 
                       codes(S::load(x + i + 3 * S::kWidth)));
       },
       [&](int64_t i, uint8_t* p, int count) {
-        T rest[kGroup];
-        for (int j = 0; j < kGroup; ++j) rest[j] = j < count ? x[i + j] : zero_of<T>();
-        Panel::store4(p, codes(S::load(rest)), codes(S::load(rest + S::kWidth)), codes(S::load(rest + 2 * S::kWidth)),
-                      codes(S::load(rest + 3 * S::kWidth)));
+        constexpr int w = S::kWidth;
+        Panel::store4(p, codes(load_up_to(x + i, count)), codes(load_up_to(x + i + w, count - w)),
+                      codes(load_up_to(x + i + 2 * w, count - 2 * w)), codes(load_up_to(x + i + 3 * w, count - 3 * w)));
       });
 }
 

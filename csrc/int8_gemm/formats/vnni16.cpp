@@ -55,6 +55,8 @@ std::string header_error(const uint8_t* pack, int64_t bytes, int64_t n, int64_t 
     return "got vnni16 version " + std::to_string(h.version) + ", this build reads version " + std::to_string(kVersion);
   if (h.dtype != kDTypeS8 || h.block != 16)
     return "got dtype code " + std::to_string(h.dtype) + " and block " + std::to_string(h.block) + ", expected 1 and 16";
+  if (n < 0 || k < 0 || n >= kLargestSide || k >= kLargestSide)
+    return "asked for [N=" + std::to_string(n) + ", K=" + std::to_string(k) + "], each must be in [0, 2^31)";
   if (h.n != n || h.k != k)
     return "got a pack of [N=" + std::to_string(h.n) + ", K=" + std::to_string(h.k) + "], expected [N=" +
            std::to_string(n) + ", K=" + std::to_string(k) + "]";
@@ -62,6 +64,9 @@ std::string header_error(const uint8_t* pack, int64_t bytes, int64_t n, int64_t 
   if (bytes != expected || h.bytes != static_cast<uint64_t>(expected))
     return "got " + std::to_string(bytes) + " bytes (the header says " + std::to_string(h.bytes) + "), expected " +
            std::to_string(expected);
+  if (h.nonzeros < 0 || h.nonzeros > n * k) return "got a damaged header: " + std::to_string(h.nonzeros) + " non-zeros";
+  for (uint8_t byte : h.zero)
+    if (byte != 0) return "got a damaged header: reserved bytes that are not zero";
   return "";
 }
 

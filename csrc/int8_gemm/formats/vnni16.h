@@ -35,6 +35,7 @@ namespace vnni16 {
 inline constexpr uint16_t kFormat = 1;
 inline constexpr uint16_t kVersion = 1;
 inline constexpr uint32_t kDTypeS8 = 1;
+inline constexpr int64_t kLargestSide = int64_t{1} << 31;  // n and k lie below: no size below overflows
 inline constexpr int64_t kHeaderBytes = sizeof(PackHeader);
 
 inline int64_t padded_n(int64_t n) { return (n + 15) / 16 * 16; }

@@ -41,9 +41,10 @@ inline Simd::F gelu(Simd::F x) {
   return S::mul(x, S::select_negative(x, tail, S::sub(S::set1(1.0f), tail)));
 }
 
-// x / (1 + e^-x)
+// x / (1 + e^-x), x from -88 on: below, the clamped exponential would leave a multiple of x.
 inline Simd::F silu(Simd::F x) {
   using S = Simd;
+  x = S::max(S::set1(-88.0f), x);
   return S::div(x, S::add(S::set1(1.0f), exp_clamped(S::mul(x, S::set1(-1.0f)))));
 }
 

@@ -52,12 +52,17 @@ def int8_linear(
         ValueError: names the argument, what came and what was expected. K is at most 131071 (65793 with a zero point),
             so that the sums are exact in int32.
     """
-    code = ACTIVATIONS.get(activation)
-    if code is None:
-        raise ValueError(f"int8_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}")
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y = _int8_linear_train(x, weight, weight_scale, bias, 0, x_scale, x_zero_point)
-        return _ACTIVATE[code](y)
+    try:
+        code = ACTIVATIONS[activation]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"int8_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
+        ) from None
+    if torch.is_grad_enabled():
+        if weight_scale.requires_grad:
+            raise ValueError("int8_linear: weight_scale must not require a gradient: there is none for it")
+        if x.requires_grad or (bias is not None and bias.requires_grad):
+            return _ACTIVATE[code](_int8_linear_train(x, weight, weight_scale, bias, x_scale, x_zero_point))
     return _int8_linear(x, weight, weight_scale, bias, code, x_scale, x_zero_point)
 
 
@@ -85,7 +90,7 @@ def pack(weight: Tensor, format: str = "auto", rows: int | None = None) -> Tenso
         rows: rows of x to be expected; for formats that depend on it (this one does not).
 
     Returns:
-        uint8 [bytes]: a plain tensor for state_dict, safetensors, deepcopy and torch.compile; the same on every machine.
+        uint8 [bytes]: a plain tensor for state_dict, safetensors, deepcopy and torch.compile, same on every machine.
     """
     if format not in ("auto", "vnni16"):
         raise ValueError(f"pack: format must be 'auto' or 'vnni16', got {format!r}")
@@ -101,10 +106,10 @@ def unpack(pack: Tensor) -> Tensor:
 
 
 # struct PackHeader in csrc/int8_gemm/formats/vnni16.h
-_HEADER = struct.Struct("<4sHHIIqqqQ16x")
+_HEADER = struct.Struct("<4sHHIIqqqQ16s")
 _FORMATS = {1: "vnni16"}
 _DTYPES = {1: "int8"}
-_LARGEST_SIDE = 2**31  # no weight is wider; keeps the size arithmetic of a hostile header from overflowing
+_LARGEST_SIDE = 2**31  # as in vnni16.h
 
 
 def describe(pack: Tensor) -> dict[str, Any]:
@@ -119,15 +124,19 @@ def describe(pack: Tensor) -> dict[str, Any]:
     if pack.numel() < _HEADER.size:
         raise ValueError(f"describe: pack must have at least its header of {_HEADER.size} bytes, got {pack.numel()}")
     raw = bytes(pack[: _HEADER.size].tolist())
-    magic, format_, version, dtype, block, n, k, nonzeros, size = _HEADER.unpack(raw)
+    magic, format_, version, dtype, block, n, k, nonzeros, size, reserved = _HEADER.unpack(raw)
     if magic != b"fspk":
         raise ValueError(f"describe: pack must begin with b'fspk', got {magic!r}; make one with ops.pack()")
     if format_ not in _FORMATS:
         raise ValueError(f"describe: pack has format {format_}, this build reads {_FORMATS}")
     if version != 1:
         raise ValueError(f"describe: pack has {_FORMATS[format_]} version {version}, this build reads version 1")
-    if dtype not in _DTYPES or block != 16 or not (0 <= n < _LARGEST_SIDE and 0 <= k < _LARGEST_SIDE):
-        raise ValueError(f"describe: pack has a damaged header: dtype {dtype}, block {block}, N={n}, K={k}")
+    sides_fit = 0 <= n < _LARGEST_SIDE and 0 <= k < _LARGEST_SIDE
+    if dtype not in _DTYPES or block != 16 or not sides_fit or not 0 <= nonzeros <= n * k or any(reserved):
+        raise ValueError(
+            f"describe: pack has a damaged header: dtype {dtype}, block {block}, N={n}, K={k}, {nonzeros} non-zeros, "
+            f"reserved bytes {reserved.hex()}"
+        )
     expected = _vnni16_bytes(n, k)
     if size != expected or pack.numel() != expected:
         raise ValueError(
@@ -158,16 +167,47 @@ _ACTIVATE = [
 ]
 
 
-def _linear_shape(x: Tensor, weight: Tensor, weight_scale: Tensor, *_: Any) -> Tensor:
+def _check_devices(op: str, first: Tensor, **others: Tensor | None) -> None:
+    """With one argument on another device the dispatcher may choose the fake kernel, past the checks in C++."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{op}: {name} must be on {first.device} like the first argument, got {tensor.device}")
+
+
+def _linear_shape(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+) -> Tensor:
+    _check_devices("int8_linear", x, weight=weight, weight_scale=weight_scale, bias=bias)
+    for name, scalar in (("x_scale", x_scale), ("x_zero_point", x_zero_point)):
+        if scalar is not None and scalar.device.type != "cpu":
+            raise ValueError(f"int8_linear: {name} must be on the CPU, got a tensor on {scalar.device}")
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
-torch.library.register_fake("fastsparse::int8_linear")(_linear_shape)
+@torch.library.register_fake("fastsparse::int8_linear")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: int = 0,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+) -> Tensor:
+    return _linear_shape(x, weight, weight_scale, bias, x_scale, x_zero_point)
+
+
 torch.library.register_fake("fastsparse::int8_linear_train")(_linear_shape)
 
 
 @torch.library.register_fake("fastsparse::int8_mm")
 def _(a: Tensor, b: Tensor) -> Tensor:
+    _check_devices("int8_mm", a, b=b)
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
 
 
@@ -192,14 +232,15 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_scale = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        values = _int8_unpack(weight, weight_scale.shape[0], ctx.k).to(grad.dtype)
-        # The scales go to the rows of the gradient: N * M products instead of N * K.
-        grad_x = (grad * weight_scale).to(grad.dtype) @ values
-    if ctx.needs_input_grad[3]:
+        # In float32, autocast or not: gradient times scale underflows in half precision. The scales go to the rows of
+        # the gradient, M * N products instead of N * K.
+        with torch.autocast(grad.device.type, enabled=False):
+            values = _int8_unpack(weight, weight_scale.shape[0], ctx.k).float()
+            grad_x = ((grad.float() * weight_scale) @ values).to(grad.dtype)
+    # The dispatcher drops trailing arguments that have their default, and needs_input_grad with them.
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
-    return grad_x, None, None, grad_bias, None, None, None
+    return grad_x, None, None, grad_bias, None, None
 
 
-torch.library.register_autograd(
-    "fastsparse::int8_linear_train", _linear_backward, setup_context=_save_for_backward
-)
+torch.library.register_autograd("fastsparse::int8_linear_train", _linear_backward, setup_context=_save_for_backward)

@@ -65,7 +65,8 @@ def int8_linear(
     if activation == "relu":
         y = y.relu()
     elif activation == "gelu":
-        y = torch.nn.functional.gelu(y)
+        # torch's own float64 gelu is 0.5 y (1 + erf), which has lost more than a float32 can tell near y = -6
+        y = 0.5 * y * torch.special.erfc(-y * 0.5**0.5)
     elif activation == "silu":
         y = torch.nn.functional.silu(y)
     return y
