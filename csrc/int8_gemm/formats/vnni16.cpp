@@ -4,26 +4,79 @@
 
 namespace fs::vnni16 {
 
-void pack(const int8_t* weight, int64_t stride_n, int64_t stride_k, int64_t n, int64_t k, uint8_t* pack) {
-  const int64_t kp = padded_k(k), np = padded_n(n);
-  std::memset(pack, 0, static_cast<size_t>(pack_bytes(n, k)));
-  auto* out = reinterpret_cast<int8_t*>(pack + kHeaderBytes);
-  auto* sums = reinterpret_cast<int32_t*>(pack + kHeaderBytes + weight_bytes(n, k));
-  int64_t nonzeros = 0;
-  for (int64_t panel = 0; panel < np / 16; ++panel) {
-    for (int64_t step = 0; step < kp / 4; ++step) {
-      int8_t* cell = out + (panel * (kp / 4) + step) * 64;
-      for (int64_t j = 0; j < 16 && panel * 16 + j < n; ++j) {
-        const int8_t* row = weight + (panel * 16 + j) * stride_n;
-        for (int64_t i = 0; i < 4 && step * 4 + i < k; ++i) {
-          const int8_t value = row[(step * 4 + i) * stride_k];
-          cell[j * 4 + i] = value;
-          sums[panel * 16 + j] += value;
-          nonzeros += value != 0;
-        }
+namespace {
+
+// One cell: 16 columns x 4 k, or what is left of them; the values are added to the sums of their columns.
+inline void pack_cell(const int8_t* weight, int64_t stride_n, int64_t stride_k, int64_t columns, int64_t depth,
+                      int8_t* cell, int32_t* sums) {
+  for (int64_t j = 0; j < columns; ++j) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < depth; ++i) {
+      const int8_t value = weight[j * stride_n + i * stride_k];
+      cell[j * 4 + i] = value;
+      sum += value;
+    }
+    sums[j] += sum;
+  }
+}
+
+// A whole cell whose columns lie side by side: four rows interleaved, in the form that the compiler makes unpacks of.
+inline void interleave_cell(const int8_t* weight, int64_t stride_k, int8_t* cell, int32_t* sums) {
+  const int8_t *r0 = weight, *r1 = r0 + stride_k, *r2 = r1 + stride_k, *r3 = r2 + stride_k;
+  int8_t out[64];
+  for (int j = 0; j < 16; ++j) {
+    out[4 * j] = r0[j];
+    out[4 * j + 1] = r1[j];
+    out[4 * j + 2] = r2[j];
+    out[4 * j + 3] = r3[j];
+  }
+  std::memcpy(cell, out, 64);
+  for (int j = 0; j < 16; ++j) sums[j] += r0[j] + r1[j] + r2[j] + r3[j];
+}
+
+// kContiguousN, kContiguousK say which stride is 1, so that the compiler sees it; whole cells have constant sides.
+template <bool kContiguousN, bool kContiguousK>
+void pack_cells(const int8_t* weight, int64_t stride_n, int64_t stride_k, int64_t n, int64_t k, int8_t* out,
+                int32_t* sums) {
+  if (kContiguousN) stride_n = 1;
+  if (kContiguousK) stride_k = 1;
+  // Columns side by side share cache lines: four panels take their part of a line before the next line comes.
+  constexpr int64_t kBlock = kContiguousN ? 64 : 16;
+  const int64_t steps = padded_k(k) / 4;
+  for (int64_t block = 0; block < n; block += kBlock) {
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t depth = k - step * 4 < 4 ? k - step * 4 : 4;
+      for (int64_t n0 = block; n0 < block + kBlock && n0 < n; n0 += 16) {
+        const int64_t columns = n - n0 < 16 ? n - n0 : 16;
+        const int8_t* source = weight + n0 * stride_n + step * 4 * stride_k;
+        int8_t* cell = out + (n0 / 16 * steps + step) * 64;
+        if (columns == 16 && depth == 4 && kContiguousN)
+          interleave_cell(source, stride_k, cell, sums + n0);
+        else if (columns == 16 && depth == 4)
+          pack_cell(source, stride_n, stride_k, 16, 4, cell, sums + n0);
+        else
+          pack_cell(source, stride_n, stride_k, columns, depth, cell, sums + n0);
       }
     }
   }
+}
+
+}  // namespace
+
+void pack(const int8_t* weight, int64_t stride_n, int64_t stride_k, int64_t n, int64_t k, uint8_t* pack) {
+  std::memset(pack, 0, static_cast<size_t>(pack_bytes(n, k)));
+  auto* out = reinterpret_cast<int8_t*>(pack + kHeaderBytes);
+  auto* sums = reinterpret_cast<int32_t*>(pack + kHeaderBytes + weight_bytes(n, k));
+  if (stride_k == 1)
+    pack_cells<false, true>(weight, stride_n, stride_k, n, k, out, sums);
+  else if (stride_n == 1)
+    pack_cells<true, false>(weight, stride_n, stride_k, n, k, out, sums);
+  else
+    pack_cells<false, false>(weight, stride_n, stride_k, n, k, out, sums);
+  const int64_t bytes = weight_bytes(n, k);
+  int64_t zeros = 0;
+  for (int64_t i = 0; i < bytes; ++i) zeros += out[i] == 0;
+  const int64_t nonzeros = bytes - zeros;  // padding is zero
   PackHeader header{};
   std::memcpy(header.magic, "fspk", 4);
   header.format = kFormat;
