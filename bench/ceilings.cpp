@@ -3,8 +3,8 @@
 // Built at bench time without -m flags: each function carries its own target attribute, so the library builds on
 // any x86 and ceil_features() says at run time which functions may be called. Every function returns a rate
 // (operations or bytes a second), the sum over the threads.
-#include <immintrin.h>
 #include <cpuid.h>
+#include <immintrin.h>
 
 #include <atomic>
 #include <chrono>
@@ -42,9 +42,9 @@ constexpr int kMadd = 8;     // ymm0..7; products in ymm8..11
 
 #define YMM12(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7) f(8) f(9) f(10) f(11)
 #define ZMM20(f) YMM12(f) f(12) f(13) f(14) f(15) f(16) f(17) f(18) f(19)
-#define CLOBBER_YMM                                                                                            \
-  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",   \
-      "xmm13", "xmm14", "xmm15"
+#define CLOBBER_YMM                                                                                                   \
+  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", \
+      "xmm14", "xmm15"
 #define CLOBBER_ZMM CLOBBER_YMM, "xmm16", "xmm17", "xmm18", "xmm19", "xmm30", "xmm31"
 
 #define ZERO_Y(i) "vpxor %%xmm" #i ", %%xmm" #i ", %%xmm" #i "\n"
@@ -79,9 +79,9 @@ AVXVNNI void vnni_avxvnni() {
 // Four products, then four additions: on Zen 1 (where both share a pipe) 6% faster than one by one.
 AVX2 void maddwd_avx2() {
   for (int i = 0; i < kIters; i++)
-    asm volatile(MADD(8) MADD(9) MADD(10) MADD(11) ADD(8, 0) ADD(9, 1) ADD(10, 2) ADD(11, 3)
-                 MADD(8) MADD(9) MADD(10) MADD(11) ADD(8, 4) ADD(9, 5) ADD(10, 6) ADD(11, 7)
-                 ::: CLOBBER_YMM);
+    asm volatile(MADD(8) MADD(9) MADD(10) MADD(11) ADD(8, 0) ADD(9, 1) ADD(10, 2) ADD(11, 3) MADD(8) MADD(9) MADD(10)
+                     MADD(11) ADD(8, 4) ADD(9, 5) ADD(10, 6) ADD(11, 7)::
+                         : CLOBBER_YMM);
 }
 
 // ---- read: `streams` regions at once, each read in 256-byte steps; prefetch is a distance in bytes, 0 for none ----

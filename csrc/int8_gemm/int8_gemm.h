@@ -50,9 +50,9 @@ struct QuantizeArgs {
   uint8_t* panel;
   int64_t block_stride;  // bytes between the blocks of a panel
   bool dynamic;
-  float static_scale;          // dynamic false: finite, > 0
-  int32_t static_zero_point;   // dynamic false: in [-128, 127]
-  float* scale;                // [rows], written
+  float static_scale;         // dynamic false: finite, > 0
+  int32_t static_zero_point;  // dynamic false: in [-128, 127]
+  float* scale;               // [rows], written
 };
 
 struct WidenArgs {
@@ -76,8 +76,8 @@ struct TileArgs {
   int32_t offset;
   int64_t k_steps;  // Kp / 4
   int32_t* acc;
-  int64_t prefetch_ahead;      // > 0: weights are prefetched so many bytes ahead of their use (few rows, from L3 or DRAM)
-  const int8_t* prefetch_next; // not null: prefetch_bytes from here go to L2 meanwhile (many rows: the next panel)
+  int64_t prefetch_ahead;  // > 0: weights are prefetched so many bytes ahead of their use (few rows, from L3 or DRAM)
+  const int8_t* prefetch_next;  // not null: prefetch_bytes from here go to L2 meanwhile (many rows: the next panel)
   int64_t prefetch_bytes;
 };
 
@@ -97,10 +97,10 @@ struct Kernels {
   const char* name;
   isa::Level level;
   uint32_t features;
-  int panel_bytes;    // bytes of one element of an A panel
-  int panel_offset;   // what an element is more than x_q: 128 (u8) or 0 (s16)
-  int max_rows;       // of one tile
-  int few_rows;       // tiles of at most so many rows are few_columns wide, taller ones many_columns
+  int panel_bytes;   // bytes of one element of an A panel
+  int panel_offset;  // what an element is more than x_q: 128 (u8) or 0 (s16)
+  int max_rows;      // of one tile
+  int few_rows;      // tiles of at most so many rows are few_columns wide, taller ones many_columns
   int few_columns, many_columns;
   void (*quantize)(const QuantizeArgs&);
   void (*widen)(const WidenArgs&);

@@ -81,7 +81,8 @@ CheckedLinear check_linear(const Tensor& x, const Tensor& weight, const Tensor& 
   check_same_device(kLinear, "weight", weight, x);
   check_dtype(kLinear, "weight", weight, ScalarType::Byte);
   if (weight.dim() != 1 || !weight.is_contiguous())
-    fail(kLinear, "weight must be a pack, a contiguous uint8 vector made by ops.pack(), got " + shape_of("weight", weight));
+    fail(kLinear,
+         "weight must be a pack, a contiguous uint8 vector made by ops.pack(), got " + shape_of("weight", weight));
   const auto* pack = static_cast<const uint8_t*>(weight.const_data_ptr());
   if (x.is_cpu()) {
     const std::string error = vnni16::header_error(pack, weight.numel(), n, k);
@@ -123,8 +124,11 @@ CheckedLinear check_linear(const Tensor& x, const Tensor& weight, const Tensor& 
   int64_t shape[64];  // torch allows no more dimensions
   for (int64_t i = 0; i + 1 < dims; ++i) m *= shape[i] = x.size(i);
   shape[dims - 1] = n;
-  CheckedLinear c{{}, strided_matrix ? x : as_contiguous(x), as_contiguous(weight_scale),
-                  bias.has_value() ? as_contiguous(*bias) : weight_scale, empty(x, shape, dims, x.scalar_type())};
+  CheckedLinear c{{},
+                  strided_matrix ? x : as_contiguous(x),
+                  as_contiguous(weight_scale),
+                  bias.has_value() ? as_contiguous(*bias) : weight_scale,
+                  empty(x, shape, dims, x.scalar_type())};
   c.args.x = c.rows.const_data_ptr();
   c.args.dtype = dtype;
   c.args.x_stride = strided_matrix ? x.stride(0) : k;
@@ -162,14 +166,15 @@ Tensor linear_cuda(Tensor x, Tensor weight, Tensor weight_scale, std::optional<T
   return c.y;
 }
 #else
-Tensor linear_cuda(Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t, std::optional<Tensor>, std::optional<Tensor>) {
+Tensor linear_cuda(Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t, std::optional<Tensor>,
+                   std::optional<Tensor>) {
   throw std::runtime_error(
       "int8_linear: x is on cuda, and this build of fastsparse has no CUDA kernels (FASTSPARSE_CUDA=ON makes one)");
 }
 #endif
 
-Tensor train_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, std::optional<Tensor> x_scale,
-                 std::optional<Tensor> x_zero_point) {
+Tensor train_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias,
+                 std::optional<Tensor> x_scale, std::optional<Tensor> x_zero_point) {
   return linear_cpu(x, weight, weight_scale, bias, 0, x_scale, x_zero_point);
 }
 
@@ -179,7 +184,8 @@ Tensor train_cuda(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Te
 }
 
 Tensor mm_cuda(Tensor, Tensor) {
-  throw std::runtime_error("int8_mm: a is on cuda, and there is no CUDA kernel for int8_mm yet; use torch._int_mm there");
+  throw std::runtime_error(
+      "int8_mm: a is on cuda, and there is no CUDA kernel for int8_mm yet; use torch._int_mm there");
 }
 
 Tensor mm_cpu(Tensor a, Tensor b) {
@@ -193,9 +199,11 @@ Tensor mm_cpu(Tensor a, Tensor b) {
   args.k = a.size(1);
   args.n = b.size(1);
   if (b.size(0) != args.k)
-    fail(kMm, "b must have K=" + std::to_string(args.k) + " rows to match " + shape_of("a", a) + ", got " + shape_of("b", b));
+    fail(kMm, "b must have K=" + std::to_string(args.k) + " rows to match " + shape_of("a", a) + ", got " +
+                  shape_of("b", b));
   if (args.k > kMaxK)
-    fail(kMm, "K must be at most " + std::to_string(kMaxK) + " for the sums to be exact in int32, got " + shape_of("a", a));
+    fail(kMm,
+         "K must be at most " + std::to_string(kMaxK) + " for the sums to be exact in int32, got " + shape_of("a", a));
   const bool strided = a.stride(1) == 1 && a.stride(0) >= args.k;
   const Tensor rows = strided ? a : as_contiguous(a);
   args.a = static_cast<const int8_t*>(rows.const_data_ptr());

@@ -22,7 +22,9 @@ std::vector<KernelInfo> kernel_infos();
 void spoil(const std::string& name);
 
 // Columns of one tile call for tiles of so many rows.
-inline int64_t columns_for(const Kernels& k, int64_t rows) { return rows <= k.few_rows ? k.few_columns : k.many_columns; }
+inline int64_t columns_for(const Kernels& k, int64_t rows) {
+  return rows <= k.few_rows ? k.few_columns : k.many_columns;
+}
 
 // Rows of x that are quantized and multiplied at a time: the A panel must stay in L2 beside two column panels.
 int64_t chunk_rows(const Kernels& kernels, int64_t m, int64_t k);

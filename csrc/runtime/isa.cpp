@@ -38,8 +38,8 @@ uint32_t read_cpuid() {
   if (!osxsave) return 0;
   unsigned xcr0, xcr0_high;
   asm volatile("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
-  const bool os_ymm = (xcr0 & 0x6) == 0x6;     // SSE and AVX state saved by the system
-  const bool os_zmm = (xcr0 & 0xe6) == 0xe6;   // and opmask, upper ZMM
+  const bool os_ymm = (xcr0 & 0x6) == 0x6;    // SSE and AVX state saved by the system
+  const bool os_zmm = (xcr0 & 0xe6) == 0xe6;  // and opmask, upper ZMM
   if (!os_ymm) return 0;
   if (c & bit_FMA) f |= kFma;
   if (c & bit_F16C) f |= kF16c;

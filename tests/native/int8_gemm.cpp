@@ -31,7 +31,9 @@ using namespace fs::int8_gemm;
 std::mt19937 generator;
 
 int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-int64_t pick(std::initializer_list<int64_t> values) { return values.begin()[uniform(0, static_cast<int64_t>(values.size()) - 1)]; }
+int64_t pick(std::initializer_list<int64_t> values) {
+  return values.begin()[uniform(0, static_cast<int64_t>(values.size()) - 1)];
+}
 
 constexpr size_t kMargin = 256;
 
@@ -69,8 +71,10 @@ void fill_x(uint8_t* x, DType dtype, int64_t count, int kind) {
     }
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
-    const uint16_t half = dtype == DType::bf16 ? static_cast<uint16_t>(bits >> 16)
-                                               : static_cast<uint16_t>(kind == 3 ? uniform(0, 65535) : uniform(0, 1) * 0x8000 + uniform(0, 0x43ff));
+    const uint16_t half =
+        dtype == DType::bf16
+            ? static_cast<uint16_t>(bits >> 16)
+            : static_cast<uint16_t>(kind == 3 ? uniform(0, 65535) : uniform(0, 1) * 0x8000 + uniform(0, 0x43ff));
     std::memcpy(x + 2 * i, &half, 2);
   }
 }
@@ -86,7 +90,8 @@ std::string shape(int64_t m, int64_t n, int64_t k) {
 }
 
 void check_linear(const std::vector<const Kernels*>& rows) {
-  const int64_t m = pick({1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 14, 15, 27, 29, 61, 130}), n = pick({1, 15, 16, 17, 31, 33, 64, 65, 100, 129});
+  const int64_t m = pick({1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 14, 15, 27, 29, 61, 130}),
+                n = pick({1, 15, 16, 17, 31, 33, 64, 65, 100, 129});
   const int64_t k = pick({0, 1, 3, 4, 5, 63, 64, 65, 127, 260, 511, 513, 1023, 1024, 1029, 2051});
   const int64_t stride = k + pick({0, 0, 3});
   LinearArgs a{};
@@ -123,8 +128,9 @@ void check_linear(const std::vector<const Kernels*>& rows) {
     Guarded y(static_cast<size_t>(m * n) * size, 0x5a);
     a.y = y.data();
     linear(*row, a);
-    const std::string what = "int8_linear " + shape(m, n, k) + " dtype " + std::to_string(static_cast<int>(a.dtype)) + " activation " +
-                             std::to_string(static_cast<int>(a.activation)) + (a.dynamic ? " dynamic" : " static") + " x kind " + std::to_string(kind);
+    const std::string what = "int8_linear " + shape(m, n, k) + " dtype " + std::to_string(static_cast<int>(a.dtype)) +
+                             " activation " + std::to_string(static_cast<int>(a.activation)) +
+                             (a.dynamic ? " dynamic" : " static") + " x kind " + std::to_string(kind);
     if (!y.margins_intact()) fail(*row, what + ": wrote outside y");
     std::vector<uint8_t> got(y.data(), y.data() + y.bytes);
     // The bits of a NaN are no result: all NaNs are made one before the comparison.
@@ -147,13 +153,16 @@ void check_linear(const std::vector<const Kernels*>& rows) {
 }
 
 void check_matmul(const std::vector<const Kernels*>& rows) {
-  const int64_t m = pick({1, 2, 5, 7, 14, 15, 29}), n = pick({1, 16, 17, 33, 64, 70}), k = pick({0, 1, 3, 4, 64, 66, 300, 1024, 1025});
+  const int64_t m = pick({1, 2, 5, 7, 14, 15, 29}), n = pick({1, 16, 17, 33, 64, 70}),
+                k = pick({0, 1, 3, 4, 64, 66, 300, 1024, 1025});
   const int fill = static_cast<int>(uniform(0, 3));  // random, min x min, min x max, max x max
   Guarded a(static_cast<size_t>(m * k), 0x7f), b(static_cast<size_t>(k * n), 0x7f);
   auto* pa = reinterpret_cast<int8_t*>(a.data());
   auto* pb = reinterpret_cast<int8_t*>(b.data());
-  for (int64_t i = 0; i < m * k; ++i) pa[i] = static_cast<int8_t>(fill == 0 ? uniform(-128, 127) : fill == 3 ? 127 : -128);
-  for (int64_t i = 0; i < k * n; ++i) pb[i] = static_cast<int8_t>(fill == 0 ? uniform(-128, 127) : fill == 1 ? -128 : 127);
+  for (int64_t i = 0; i < m * k; ++i)
+    pa[i] = static_cast<int8_t>(fill == 0 ? uniform(-128, 127) : fill == 3 ? 127 : -128);
+  for (int64_t i = 0; i < k * n; ++i)
+    pb[i] = static_cast<int8_t>(fill == 0 ? uniform(-128, 127) : fill == 1 ? -128 : 127);
   std::vector<int32_t> expected(static_cast<size_t>(m * n));
   for (int64_t i = 0; i < m; ++i)
     for (int64_t p = 0; p < k; ++p)
@@ -162,7 +171,8 @@ void check_matmul(const std::vector<const Kernels*>& rows) {
     Guarded c(static_cast<size_t>(m * n) * 4, 0x5a);
     matmul(*row, {pa, k, pb, n, 1, m, n, k, reinterpret_cast<int32_t*>(c.data())});
     if (!c.margins_intact()) fail(*row, "int8_mm " + shape(m, n, k) + ": wrote outside c");
-    if (std::memcmp(c.data(), expected.data(), c.bytes) != 0) fail(*row, "int8_mm " + shape(m, n, k) + " fill " + std::to_string(fill) + ": wrong");
+    if (std::memcmp(c.data(), expected.data(), c.bytes) != 0)
+      fail(*row, "int8_mm " + shape(m, n, k) + " fill " + std::to_string(fill) + ": wrong");
   }
 }
 

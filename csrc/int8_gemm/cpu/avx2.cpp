@@ -1,7 +1,8 @@
 // int8_gemm, AVX2 (with FMA, F16C): exact over the whole range of s8, -128 included.
 // Idea     vpmaddwd on s16 cannot saturate (vpmaddubsw does): x is widened to s16 once, in its panel; weights are
 //          widened as they are loaded (vpmovsxbw) from the same vnni16 layout that AVX-512 reads.
-// Tile     6 rows x 8 columns: an accumulator holds 4 columns x 2 partial sums, so 12 + 2 weights + 1 x of 16 registers.
+// Tile     6 rows x 8 columns: an accumulator holds 4 columns x 2 partial sums, so 12 + 2 weights + 1 x of 16
+// registers.
 //          Few rows: 3 x 16, weights consumed as they come.
 // Reads    16 bytes of weights = 4 columns x 4 k; x by vpbroadcastq, 4 k of one row.
 // Tails    n: the caller copies only its columns; k: weights are zero-padded; m: smaller instances.
@@ -163,5 +164,5 @@ void tile(const TileArgs& t) {
 }  // namespace
 
 const Kernels fs::int8_gemm::kAvx2 = {
-    "avx2",          fs::isa::Level::avx2, fs::isa::kLevelAvx2, Panel::kBytes, Panel::kOffset, kRows, kFewRows,
+    "avx2",          fs::isa::Level::avx2, fs::isa::kLevelAvx2, Panel::kBytes, Panel::kOffset, kRows,    kFewRows,
     kMaxTileColumns, kPanelColumns,        &quantize,           &widen,        &tile,          &epilogue};

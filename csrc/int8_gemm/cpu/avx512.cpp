@@ -1,6 +1,6 @@
 // int8_gemm, AVX-512-VNNI (F, BW, VL, DQ, VNNI): exact, -128 included.
-// Idea     vpdpbusd wants u8 * s8: x is stored as x_q + 128, and the sums start at -128 * column_sum, so it costs nothing.
-// Tile     up to 14 rows x 32 columns: 28 sums + 2 weights + 1 broadcast = 31 of 32 registers.
+// Idea     vpdpbusd wants u8 * s8: x is stored as x_q + 128, and the sums start at -128 * column_sum, so it costs
+// nothing. Tile     up to 14 rows x 32 columns: 28 sums + 2 weights + 1 broadcast = 31 of 32 registers.
 //          Few rows (up to 6): 64 columns, four weight streams share a broadcast; 1 and 2 rows keep two sets of sums
 //          (even and odd steps), so that the latency of vpdpbusd stays hidden.
 // Reads    vnni16: one 64-byte load per 16 columns x 4 k; x by vpbroadcastd, 4 k of one row.
@@ -158,7 +158,8 @@ template <int kCount, int kVecs>
 void tile_many(const TileArgs& t) {
   const int8_t* w = t.weight;
   const int8_t* next = t.prefetch_next == nullptr ? t.weight : t.prefetch_next;
-  const int64_t ahead = t.prefetch_next == nullptr || t.k_steps == 0 ? 0 : (t.prefetch_bytes + t.k_steps - 1) / t.k_steps;
+  const int64_t ahead =
+      t.prefetch_next == nullptr || t.k_steps == 0 ? 0 : (t.prefetch_bytes + t.k_steps - 1) / t.k_steps;
   Sums<kCount, kVecs> sums;
   start(sums, t.column_sum, _mm512_set1_epi32(-t.offset));
   const uint8_t* block = t.panel;
@@ -255,5 +256,6 @@ void tile(const TileArgs& t) {
 }  // namespace
 
 const Kernels fs::int8_gemm::kAvx512 = {
-    "avx512",        fs::isa::Level::avx512, fs::isa::kLevelAvx512, Panel::kBytes, Panel::kOffset, kRows, kFewRows,
-    kMaxTileColumns, kManyColumns,           &quantize,             &widen,        &tile,          &epilogue};
+    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, Panel::kBytes, Panel::kOffset, kRows,
+    kFewRows, kMaxTileColumns,        kManyColumns,          &quantize,     &widen,         &tile,
+    &epilogue};

@@ -48,5 +48,6 @@ void tile(const TileArgs& t) {
 }  // namespace
 
 const Kernels fs::int8_gemm::kScalar = {
-    "scalar",        fs::isa::Level::scalar, fs::isa::kLevelScalar, Panel::kBytes, Panel::kOffset, kRows, kRows,
-    kMaxTileColumns, kPanelColumns,          &quantize,             &widen,        &tile,          &epilogue};
+    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, Panel::kBytes, Panel::kOffset, kRows,
+    kRows,    kMaxTileColumns,        kPanelColumns,         &quantize,     &widen,         &tile,
+    &epilogue};

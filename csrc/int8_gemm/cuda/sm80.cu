@@ -3,8 +3,8 @@
 // Tile     64 x 64 of C a block of 256 threads, 4 x 4 a thread; 32 k a stage through shared memory.
 // Reads    W in vnni16: the 4 k of one column are one word, which is what dp4a wants; 64-byte runs per 16 columns.
 // Tails    m, n: zero words in shared memory, guarded stores; k: the codes are zero-padded to 32, weights read as zero.
-// Bound    dp4a: a quarter of the tensor cores' rate or less. The mma kernel that replaces it needs the CPU stand-in first.
-// Measured never run on hardware.
+// Bound    dp4a: a quarter of the tensor cores' rate or less. The mma kernel that replaces it needs the CPU stand-in
+// first. Measured never run on hardware.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -19,8 +19,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kTile = 64;        // rows and columns of C a block
-constexpr int kStageWords = 8;   // words of 4 k in a stage
+constexpr int kTile = 64;       // rows and columns of C a block
+constexpr int kStageWords = 8;  // words of 4 k in a stage
 constexpr int kPadK = 4 * kStageWords;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -45,7 +45,8 @@ __global__ void quantize_rows(const T* x, int64_t x_stride, int64_t k, bool dyna
   bool finite = true;
   if (dynamic) {
     unsigned absmax = 0;  // of |x| as integers: NaN > inf > every finite value
-    for (int64_t i = threadIdx.x; i < k; i += kThreads) absmax = max(absmax, __float_as_uint(to_float(x[i])) & 0x7fffffffu);
+    for (int64_t i = threadIdx.x; i < k; i += kThreads)
+      absmax = max(absmax, __float_as_uint(to_float(x[i])) & 0x7fffffffu);
     for (int step = 16; step > 0; step /= 2) absmax = max(absmax, __shfl_xor_sync(kAllLanes, absmax, step));
     if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = absmax;
     __syncthreads();
@@ -59,7 +60,8 @@ __global__ void quantize_rows(const T* x, int64_t x_stride, int64_t k, bool dyna
     if (i < k && finite) {
       const float t = __fmul_rn(to_float(x[i]), inverse);
       // fminf and fmaxf drop a NaN: a static NaN becomes the zero point
-      code = dynamic ? __float2int_rn(t) : __float2int_rn(t == t ? fmaxf(fminf(t, 256.0f), -256.0f) : 0.0f) + zero_point;
+      code =
+          dynamic ? __float2int_rn(t) : __float2int_rn(t == t ? fmaxf(fminf(t, 256.0f), -256.0f) : 0.0f) + zero_point;
       code = max(-128, min(127, code));
     }
     codes[i] = static_cast<int8_t>(code);
@@ -100,7 +102,8 @@ __global__ void multiply(const int8_t* codes, const int8_t* weight, int64_t m, i
       const int word = i / kTile, j = i % kTile;
       const int64_t row = row0 + j, column = column0 + j, w = word0 + word;
       a_tile[word][j] = row < m ? words[row * row_words + w] : 0;
-      b_tile[word][j] = column < n && w < weight_words ? weights[((column / 16) * weight_words + w) * 16 + column % 16] : 0;
+      b_tile[word][j] =
+          column < n && w < weight_words ? weights[((column / 16) * weight_words + w) * 16 + column % 16] : 0;
     }
     __syncthreads();
     for (int word = 0; word < kStageWords; ++word) {
@@ -133,8 +136,9 @@ void linear_as(const LinearArgs& a, uint8_t* scratch, cudaStream_t stream) {
   const dim3 block(kThreads);
   launch({dim3(static_cast<unsigned>(a.m)), block, 0, stream}, quantize_rows<T>, static_cast<const T*>(a.x), a.x_stride,
          a.k, a.dynamic, a.x_scale, a.x_zero_point, codes, scales);
-  const Epilogue e{scales, a.weight_scale, a.bias, vnni16::column_sums(a.weight, a.n, a.k), a.dynamic ? 0 : a.x_zero_point,
-                   a.activation};
+  const Epilogue e{
+      scales,      a.weight_scale, a.bias, vnni16::column_sums(a.weight, a.n, a.k), a.dynamic ? 0 : a.x_zero_point,
+      a.activation};
   const dim3 grid(static_cast<unsigned>((a.m + kTile - 1) / kTile), static_cast<unsigned>((a.n + kTile - 1) / kTile));
   launch({grid, block, 0, stream}, multiply<T>, codes, vnni16::weights(a.weight), a.m, a.n, padded(a.k) / 4,
          vnni16::padded_k(a.k) / 4, e, static_cast<T*>(a.y));

@@ -102,17 +102,19 @@ std::string header_error(const uint8_t* pack, int64_t bytes, int64_t n, int64_t 
   if (bytes < kHeaderBytes) return "got " + std::to_string(bytes) + " bytes, a header alone has 64";
   PackHeader h;
   std::memcpy(&h, pack, sizeof h);
-  if (std::memcmp(h.magic, "fspk", 4) != 0) return "got bytes that do not begin with \"fspk\"; make one with ops.pack()";
+  if (std::memcmp(h.magic, "fspk", 4) != 0)
+    return "got bytes that do not begin with \"fspk\"; make one with ops.pack()";
   if (h.format != kFormat) return "got format " + std::to_string(h.format) + ", expected 1 (vnni16)";
   if (h.version != kVersion)
     return "got vnni16 version " + std::to_string(h.version) + ", this build reads version " + std::to_string(kVersion);
   if (h.dtype != kDTypeS8 || h.block != 16)
-    return "got dtype code " + std::to_string(h.dtype) + " and block " + std::to_string(h.block) + ", expected 1 and 16";
+    return "got dtype code " + std::to_string(h.dtype) + " and block " + std::to_string(h.block) +
+           ", expected 1 and 16";
   if (n < 0 || k < 0 || n >= kLargestSide || k >= kLargestSide)
     return "asked for [N=" + std::to_string(n) + ", K=" + std::to_string(k) + "], each must be in [0, 2^31)";
   if (h.n != n || h.k != k)
-    return "got a pack of [N=" + std::to_string(h.n) + ", K=" + std::to_string(h.k) + "], expected [N=" +
-           std::to_string(n) + ", K=" + std::to_string(k) + "]";
+    return "got a pack of [N=" + std::to_string(h.n) + ", K=" + std::to_string(h.k) +
+           "], expected [N=" + std::to_string(n) + ", K=" + std::to_string(k) + "]";
   const int64_t expected = pack_bytes(n, k);
   if (bytes != expected || h.bytes != static_cast<uint64_t>(expected))
     return "got " + std::to_string(bytes) + " bytes (the header says " + std::to_string(h.bytes) + "), expected " +
