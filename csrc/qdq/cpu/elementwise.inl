@@ -9,6 +9,17 @@ using namespace fs::qdq;
 constexpr int kGroup = 4 * Simd::kWidth;  // codes of one store
 constexpr int kMaskGroup = Simd::kWidth < 8 ? 8 : Simd::kWidth;
 
+// Bytes that a pass over floats prefetches ahead of its reads. Measured in docs/kernels/qdq.md.
+constexpr int kAheadAbsmax = 2048;
+constexpr int kAhead = 4096;
+
+// The lines of kCount elements at p.
+template <int kCount, class T>
+inline void prefetch(const T* p) {
+  for (int line = 0; line < kCount * static_cast<int>(sizeof(T)); line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + line);
+}
+
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0; }
 
 // The parameters of a row: one for all its elements, or one each.
@@ -35,16 +46,14 @@ struct Varying {
   Simd::I zero(int64_t i) const { return Simd::load_s32(zero_ + i); }
 };
 
-// code(i, vector of x) -> s32 vector, over a row. Reads kAhead rows' distance `ahead` (in elements) in advance if > 0.
+// code(i, vector of x) -> s32 vector, over a row. Prefetches `ahead` elements before they are read, if > 0.
 template <bool kStream, class T, class Code>
 inline void write_codes(const T* x, int8_t* codes, int64_t n, int64_t ahead, const Code& code) {
   using S = Simd;
   constexpr int w = S::kWidth;
   int64_t i = 0;
   for (; i + kGroup <= n; i += kGroup) {
-    if (ahead > 0)
-      for (int line = 0; line < kGroup * static_cast<int>(sizeof(T)); line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(x + ahead + i) + line);
+    if (ahead > 0) prefetch<kGroup>(x + i + ahead);
     const S::I packed = S::pack_s8(code(i, S::load(x + i)), code(i + w, S::load(x + i + w)),
                                    code(i + 2 * w, S::load(x + i + 2 * w)), code(i + 3 * w, S::load(x + i + 3 * w)));
     if constexpr (kStream)
@@ -73,11 +82,10 @@ inline void write_codes(const T* x, int8_t* codes, int64_t n, int64_t ahead, boo
 template <class T>
 void quantize_per_token_as(const TokenArgs& a) {
   using S = Simd;
-  constexpr int kAhead = 4096;  // bytes
   for (int64_t r = 0; r < a.rows; ++r) {
     const T* x = static_cast<const T*>(a.x) + r * a.x_stride;
     int8_t* codes = a.codes + r * a.k;
-    if (!row_scale(absmax_bits<kAhead>(x, a.k), a.scale + r)) {
+    if (!row_scale(absmax_bits<kAheadAbsmax>(x, a.k), a.scale + r)) {
       memset(codes, 0, static_cast<size_t>(a.k));
       continue;
     }
@@ -89,9 +97,10 @@ void quantize_per_token_as(const TokenArgs& a) {
 
 template <class T, class Row>
 void quantize_as(const MapArgs& a) {
+  constexpr int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T));
   for (int64_t r = 0; r < a.rows; ++r) {
     const Row p(a, r);
-    write_codes(static_cast<const T*>(a.in) + r * a.stride, static_cast<int8_t*>(a.out) + r * a.stride, a.length, 0, a.stream,
+    write_codes(static_cast<const T*>(a.in) + r * a.stride, static_cast<int8_t*>(a.out) + r * a.stride, a.length, ahead, a.stream,
                 [=](int64_t i, Simd::F v) { return static_code(v, p.inverse(i), p.zero(i)); });
   }
 }
@@ -145,6 +154,7 @@ template <bool kMask, bool kStream, class T, class Row>
 inline void fake_row(const T* x, T* y, uint8_t* mask, int64_t n, const Row& p, Simd::I lowest, Simd::I highest) {
   using S = Simd;
   for_each_mask_group<kMask>(n, mask, [=](int64_t i, int count) {
+    prefetch<S::kWidth>(x + i + kAhead / static_cast<int64_t>(sizeof(T)));
     const S::F v = load_up_to(x + i, count);
     const S::I q = static_code(v, p.inverse(i), p.zero(i));
     const S::I clamped = S::max_s32(lowest, S::min_s32(highest, q));
@@ -160,6 +170,7 @@ inline void grad_row(const T* grad, T* out, const uint8_t* mask, int64_t n) {
   for (; i + kMaskGroup <= n; i += kMaskGroup) {
     uint32_t bits = 0;
     memcpy(&bits, mask + i / 8, kMaskGroup / 8);
+    prefetch<kMaskGroup>(grad + i + kAhead / static_cast<int64_t>(sizeof(T)));
     for (int j = 0; j < kMaskGroup; j += S::kWidth) put<kStream>(out + i + j, S::keep(S::load(grad + i + j), bits >> j), S::kWidth);
   }
   if (i == n) return;
