@@ -1,4 +1,4 @@
-"""The oracle of qdq. Codes are decided by float32 arithmetic (the contract fixes its roundings), the rest is float64."""
+"""The oracle of qdq: codes by the float32 arithmetic whose roundings the contract fixes, the rest in float64."""
 
 from __future__ import annotations
 
