@@ -30,8 +30,7 @@ DType float_dtype(const char* op, const char* name, const Tensor& x) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
-    default:
-      fail(op, std::string(name) + " must be float32, bfloat16 or float16, got " + dtype_name(x.scalar_type()));
+    default: fail(op, std::string(name) + " must be float32, bfloat16 or float16, got " + dtype_name(x.scalar_type()));
   }
 }
 
@@ -48,7 +47,8 @@ bool same_shape(const Tensor& a, const Tensor& b, int64_t dims) {
   return true;
 }
 
-// x as [outer, channels, inner] by what scale is: one number, [channels] along an axis, or one a row (x's shape with a 1).
+// x as [outer, channels, inner] by what scale is: one number, [channels] along an axis, or one a row (x's shape with a
+// 1).
 Channels channels_of(const char* op, const char* name, const Tensor& x, const Tensor& scale, Axis axis) {
   const int64_t dims = x.dim();
   if (axis.has_value()) {
@@ -156,7 +156,8 @@ void token_out_cpu(Tensor x, Tensor codes, Tensor scale) {
   check_same_device(kToken, "codes", codes, x);
   check_dtype(kToken, "codes", codes, ScalarType::Char);
   if (codes.dim() != dims || !same_shape(x, codes, dims) || !codes.is_contiguous())
-    fail(kToken, "codes must be contiguous and of the shape of " + shape_of("x", x) + ", got " + shape_of("codes", codes));
+    fail(kToken,
+         "codes must be contiguous and of the shape of " + shape_of("x", x) + ", got " + shape_of("codes", codes));
   check_same_device(kToken, "scale", scale, x);
   check_dtype(kToken, "scale", scale, ScalarType::Float);
   if (scale.dim() != dims || scale.size(dims - 1) != 1 || !same_shape(x, scale, dims - 1) || !scale.is_contiguous())
@@ -230,8 +231,9 @@ Tensor fake_backward_cpu(Tensor grad, Tensor mask) {
 
 // With one argument on CUDA the dispatcher comes here, whichever it is.
 [[noreturn]] void no_cuda(const char* op) {
-  throw std::runtime_error(std::string(op) +
-                           ": an argument is on cuda, and there is no CUDA kernel for it yet; move the tensors to the CPU");
+  throw std::runtime_error(
+      std::string(op) +
+      ": an argument is on cuda, and there is no CUDA kernel for it yet; move the tensors to the CPU");
 }
 Tensor quantize_cuda(Tensor, Tensor, MaybeTensor, Axis) { no_cuda(kQuantize); }
 std::tuple<Tensor, Tensor> token_cuda(Tensor) { no_cuda(kToken); }

@@ -11,8 +11,8 @@
 //
 // All arithmetic is elementwise float32: bit-equal on every level, and independent of threads and of neighbours.
 //
-// Memory: x, codes and y are contiguous (only quantize_per_token reads rows that lie apart). With parameters per channel
-// they are [outer, channels, inner]; a launcher sees that as rows in one of two ways (rows_of()):
+// Memory: x, codes and y are contiguous (only quantize_per_token reads rows that lie apart). With parameters per
+// channel they are [outer, channels, inner]; a launcher sees that as rows in one of two ways (rows_of()):
 //   uniform   inner is long: a row is `inner` elements that share a scale
 //   varying   inner is short (1 where the axis is the last): a row is channels * inner elements, each with its own
 //             parameters, which are the same for every row

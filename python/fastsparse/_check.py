@@ -80,22 +80,22 @@ def _qdq(device: torch.device) -> Case:
         channels = 1 if axis is None else x.shape[axis]
         scale = torch.rand(channels, generator=generator) * 0.03 + 0.005
         zero = torch.randint(-128, 128, (channels,), dtype=torch.int32, generator=generator)
-        there = [t.to(device) for t in (x, scale, zero)]
-        leaf = there[0].clone().requires_grad_()
-        y = ops.fake_quantize(leaf, *there[1:], axis=axis)
+        x_there, scale_there, zero_there = x.to(device), scale.to(device), zero.to(device)
+        leaf = x_there.clone().requires_grad_()
+        y = ops.fake_quantize(leaf, scale_there, zero_there, axis=axis)
         y.backward(torch.ones_like(y))
         codes, (expected, passes) = (
             reference.quantize(x, scale, zero, axis),
             reference.fake_quantize(x, scale, zero, 8, axis),
         )
         results = {
-            "quantize": (ops.quantize(*there, axis=axis), codes),
-            "dequantize": (ops.dequantize(codes.to(device), *there[1:], axis, dtype=dtype), expected),
+            "quantize": (ops.quantize(x_there, scale_there, zero_there, axis=axis), codes),
+            "dequantize": (ops.dequantize(codes.to(device), scale_there, zero_there, axis, dtype=dtype), expected),
             "fake_quantize": (y.detach(), expected),
             "fake_quantize backward": (leaf.grad, passes.to(dtype)),
         }
         if axis is None:
-            pair, wanted = ops.quantize_per_token(there[0]), reference.quantize_per_token(x)
+            pair, wanted = ops.quantize_per_token(x_there), reference.quantize_per_token(x)
             results |= {"quantize_per_token": (pair[0], wanted[0]), "quantize_per_token scale": (pair[1], wanted[1])}
         for name, (got, want) in results.items():
             right = got is not None and torch.equal(got.cpu(), want)

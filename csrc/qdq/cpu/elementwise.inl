@@ -20,7 +20,9 @@ inline void prefetch(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + line);
 }
 
-inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0; }
+inline bool aligned(const void* p, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
+}
 
 // The parameters of a row: one for all its elements, or one each.
 struct Uniform {
@@ -100,8 +102,8 @@ void quantize_as(const MapArgs& a) {
   constexpr int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T));
   for (int64_t r = 0; r < a.rows; ++r) {
     const Row p(a, r);
-    write_codes(static_cast<const T*>(a.in) + r * a.stride, static_cast<int8_t*>(a.out) + r * a.stride, a.length, ahead, a.stream,
-                [=](int64_t i, Simd::F v) { return static_code(v, p.inverse(i), p.zero(i)); });
+    write_codes(static_cast<const T*>(a.in) + r * a.stride, static_cast<int8_t*>(a.out) + r * a.stride, a.length, ahead,
+                a.stream, [=](int64_t i, Simd::F v) { return static_code(v, p.inverse(i), p.zero(i)); });
   }
 }
 
@@ -171,7 +173,8 @@ inline void grad_row(const T* grad, T* out, const uint8_t* mask, int64_t n) {
     uint32_t bits = 0;
     memcpy(&bits, mask + i / 8, kMaskGroup / 8);
     prefetch<kMaskGroup>(grad + i + kAhead / static_cast<int64_t>(sizeof(T)));
-    for (int j = 0; j < kMaskGroup; j += S::kWidth) put<kStream>(out + i + j, S::keep(S::load(grad + i + j), bits >> j), S::kWidth);
+    for (int j = 0; j < kMaskGroup; j += S::kWidth)
+      put<kStream>(out + i + j, S::keep(S::load(grad + i + j), bits >> j), S::kWidth);
   }
   if (i == n) return;
   const int count = static_cast<int>(n - i);
@@ -274,7 +277,8 @@ void dequantize(const MapArgs& a) {
 }
 
 void fake_quantize(const MapArgs& a) {
-  with_types(a, [&](auto t, auto row) { fake_quantize_as<typename decltype(t)::type, typename decltype(row)::type>(a); });
+  with_types(a,
+             [&](auto t, auto row) { fake_quantize_as<typename decltype(t)::type, typename decltype(row)::type>(a); });
 }
 
 void fake_quantize_grad(const MapArgs& a) {
@@ -287,7 +291,8 @@ void fake_quantize_grad(const MapArgs& a) {
 }
 
 constexpr Kernels kernels(const char* name, fs::isa::Level level, uint32_t features) {
-  return {name, level, features, kGroup, &quantize_per_token, &quantize, &dequantize, &fake_quantize, &fake_quantize_grad};
+  return {name,        level,          features,           kGroup, &quantize_per_token, &quantize,
+          &dequantize, &fake_quantize, &fake_quantize_grad};
 }
 
 }  // namespace

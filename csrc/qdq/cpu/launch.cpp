@@ -21,9 +21,8 @@ void split(int64_t rows, int64_t length, const Body& body) {
   if (threads <= 1) return body(0, rows, 0, length);
   if (rows >= 8 * threads) return parallel_for(rows, [&](int64_t begin, int64_t end) { body(begin, end, 0, length); });
   const int64_t part = ((length + threads - 1) / threads + kPart - 1) / kPart * kPart;
-  parallel_for((length + part - 1) / part, [&](int64_t begin, int64_t end) {
-    body(0, rows, begin * part, std::min(end * part, length));
-  });
+  parallel_for((length + part - 1) / part,
+               [&](int64_t begin, int64_t end) { body(0, rows, begin * part, std::min(end * part, length)); });
 }
 
 // The parameters of elements [begin, end) of a varying row, one entry an element, in this thread's scratch.

@@ -1,5 +1,5 @@
-// How a float becomes an int8 code: the one place for every family that quantizes (qdq writes plain codes, int8_gemm the
-// panels of its tiles). Included after one of runtime/simd/{scalar,avx2,avx512}.h.
+// How a float becomes an int8 code: the one place for every family that quantizes (qdq writes plain codes, int8_gemm
+// the panels of its tiles). Included after one of runtime/simd/{scalar,avx2,avx512}.h.
 #pragma once
 #include <float.h>
 #include <stdint.h>
@@ -37,8 +37,8 @@ inline Simd::F load_up_to(const T* x, int count) {
   return count > 0 ? Simd::load_n(x, count) : Simd::set1(0.0f);
 }
 
-// Dynamic, symmetric: the scale of a row with that absmax_bits(). false: the row holds a NaN or an infinity, its scale is
-// NaN and its codes are to be 0.
+// Dynamic, symmetric: the scale of a row with that absmax_bits(). false: the row holds a NaN or an infinity, its scale
+// is NaN and its codes are to be 0.
 inline bool row_scale(int32_t bits, float* scale) {
   if (bits >= 0x7f800000) {
     *scale = __builtin_nanf("");

@@ -55,7 +55,9 @@ struct Simd {
   }
   // The first n lanes, n < kWidth; the others read as 0. Nothing beyond is touched.
   template <class T>
-  static F load_n(const T*, int) { return 0; }
+  static F load_n(const T*, int) {
+    return 0;
+  }
   template <class T>
   static void store_n(T*, F, int) {}
 
