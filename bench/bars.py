@@ -265,6 +265,27 @@ def int8_call(context: Context) -> list[Part]:
     ]
 
 
+# ---- qdq ----
+
+QDQ_SHAPES = tuple(((1 << 24) // k, k) for k in (768, 4096, 11008))  # (M, K)
+
+
+def qdq_token(context: Context) -> list[Part]:
+    def ratio(r: Row) -> float | None:
+        compiled = find(context.rows, r, "torch.compile")
+        return compiled.median / r.median if compiled is not None and compiled.right else None
+
+    return [
+        _part(
+            f"M={m} K={k}",
+            context.ours("quantize_per_token into", m=m, k=k),
+            ratio,
+            "torch.compile has no right result",
+        )
+        for m, k in QDQ_SHAPES
+    ]
+
+
 BARS: tuple[Bar, ...] = (
     Bar(
         "int8-compute",
@@ -307,6 +328,14 @@ BARS: tuple[Bar, ...] = (
         "one call on 16x16, no gradient needed, default mode: time over torch.nn.functional.linear",
         int8_call,
         at_most=1.2,
+        condition=one_thread,
+    ),
+    Bar(
+        "qdq-token",
+        "qdq",
+        "quantize_per_token of 16M elements into reused memory, one thread: ratio to torch.compile",
+        qdq_token,
+        at_least=3.0,
         condition=one_thread,
     ),
 )

@@ -6,6 +6,7 @@ reach the corners. It is what a user with hardware that we never had runs to tel
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,9 +69,43 @@ def _error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
+_QDQ_SHAPES = [(1, 1), (3, 7), (5, 33), (17, 64), (9, 65), (130, 20), (4, 1030), (0, 5), (2, 0)]
+
+
+def _qdq(device: torch.device) -> Case:
+    """Every op of the family, per tensor and along both axes: all are equal to the oracle, or wrong."""
+    generator = torch.Generator().manual_seed(2)
+    for (m, k), dtype, axis in itertools.product(_QDQ_SHAPES, _TOLERANCE, (None, 0, 1)):
+        x = (torch.randn(m, k, generator=generator) * 2).to(dtype)
+        channels = 1 if axis is None else x.shape[axis]
+        scale = torch.rand(channels, generator=generator) * 0.03 + 0.005
+        zero = torch.randint(-128, 128, (channels,), dtype=torch.int32, generator=generator)
+        x_there, scale_there, zero_there = x.to(device), scale.to(device), zero.to(device)
+        leaf = x_there.clone().requires_grad_()
+        y = ops.fake_quantize(leaf, scale_there, zero_there, axis=axis)
+        y.backward(torch.ones_like(y))
+        codes, (expected, passes) = (
+            reference.quantize(x, scale, zero, axis),
+            reference.fake_quantize(x, scale, zero, 8, axis),
+        )
+        results = {
+            "quantize": (ops.quantize(x_there, scale_there, zero_there, axis=axis), codes),
+            "dequantize": (ops.dequantize(codes.to(device), scale_there, zero_there, axis, dtype=dtype), expected),
+            "fake_quantize": (y.detach(), expected),
+            "fake_quantize backward": (leaf.grad, passes.to(dtype)),
+        }
+        if axis is None:
+            pair, wanted = ops.quantize_per_token(x_there), reference.quantize_per_token(x)
+            results |= {"quantize_per_token": (pair[0], wanted[0]), "quantize_per_token scale": (pair[1], wanted[1])}
+        for name, (got, want) in results.items():
+            right = got is not None and torch.equal(got.cpu(), want)
+            yield f"{name} [{m}, {k}] {str(dtype).removeprefix('torch.')} axis {axis}", 0.0 if right else float("inf")
+
+
 CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
     ("int8_gemm", "cpu"): [_int8_mm, _int8_linear],
     ("int8_gemm", "cuda"): [_int8_linear],
+    ("qdq", "cpu"): [_qdq],
 }
 
 
@@ -102,7 +137,7 @@ def check(device: str | torch.device | None = None) -> Report:
     levels = (*extension.isa_available(), "cuda")
     absent = [row["name"] for row in extension.kernels() if row["level"] not in levels]
     if absent:
-        report.notes.append(f"not on this CPU, not checked: {', '.join(absent)}")
+        report.notes.append(f"not on this CPU, not checked: {', '.join(dict.fromkeys(absent))}")
     return report
 
 

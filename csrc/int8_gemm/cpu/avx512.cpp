@@ -19,10 +19,7 @@ struct Panel {
   static constexpr int kOffset = 128;
   static __m512i flip(__m512i s8) { return _mm512_xor_si512(s8, _mm512_set1_epi8(-128)); }  // s8 -> s8 + 128 as u8
   static void store4(uint8_t* p, __m512i q0, __m512i q1, __m512i q2, __m512i q3) {
-    // The packs work in quarters; the permutation gathers dword i of quarter j from place 4 * i + j.
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i s8 = _mm512_packs_epi16(_mm512_packs_epi32(q0, q1), _mm512_packs_epi32(q2, q3));
-    _mm512_storeu_si512(p, flip(_mm512_permutexvar_epi32(order, s8)));
+    _mm512_storeu_si512(p, flip(Simd::pack_s8(q0, q1, q2, q3)));
   }
   static void store4(uint8_t* p, const int8_t* a) { _mm512_storeu_si512(p, flip(_mm512_loadu_si512(a))); }
 };

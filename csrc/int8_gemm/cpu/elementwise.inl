@@ -4,9 +4,9 @@
 //   kOffset                       what an element is more than x_q
 //   store4(p, q0, q1, q2, q3)     4 vectors of s32 in [-128, 127] -> 4 * kWidth elements
 //   store4(p, const int8_t* a)    4 * kWidth s8 -> as many elements
-#include <float.h>
 #include <string.h>
 
+#include "../../qdq/cpu/rows.inl"
 #include "../../runtime/simd/math.inl"
 #include "../int8_gemm.h"
 
@@ -27,29 +27,6 @@ inline void for_each_group(uint8_t* row, int64_t block_stride, int64_t k, const 
     for (; i + kGroup <= end; i += kGroup) full(i, row + (i - begin) * Panel::kBytes);
     if (i < end) rest(i, row + (i - begin) * Panel::kBytes, static_cast<int>(end - i));
   }
-}
-
-template <class T>
-inline int32_t absmax_bits(const T* x, int64_t k) {  // of |x| as integers: NaN > inf > every finite value
-  using S = Simd;
-  S::I m0 = S::set1_s32(0), m1 = m0, m2 = m0, m3 = m0;
-  int64_t i = 0;
-  for (; i + kGroup <= k; i += kGroup) {
-    m0 = S::max_s32(m0, S::abs_bits(S::load(x + i)));
-    m1 = S::max_s32(m1, S::abs_bits(S::load(x + i + S::kWidth)));
-    m2 = S::max_s32(m2, S::abs_bits(S::load(x + i + 2 * S::kWidth)));
-    m3 = S::max_s32(m3, S::abs_bits(S::load(x + i + 3 * S::kWidth)));
-  }
-  for (; i + S::kWidth <= k; i += S::kWidth) m0 = S::max_s32(m0, S::abs_bits(S::load(x + i)));
-  if (i < k) m1 = S::max_s32(m1, S::abs_bits(S::load_n(x + i, static_cast<int>(k - i))));
-  return S::reduce_max_s32(S::max_s32(S::max_s32(m0, m1), S::max_s32(m2, m3)));
-}
-
-// The vector at x, of which only `count` elements (any number, also <= 0) are there; the others read as 0.
-template <class T>
-inline Simd::F load_up_to(const T* x, int count) {
-  if (count >= Simd::kWidth) return Simd::load(x);
-  return count > 0 ? Simd::load_n(x, count) : Simd::set1(0.0f);
 }
 
 // codes(x vector) -> s32 vector, over a row into its panel.
@@ -75,20 +52,12 @@ void quantize_dynamic(const QuantizeArgs& a) {
   for (int64_t r = 0; r < a.rows; ++r) {
     const T* x = static_cast<const T*>(a.x) + r * a.x_stride;
     uint8_t* row = a.panel + r * kRowStride;
-    const int32_t bits = absmax_bits(x, a.k);
-    if (bits >= 0x7f800000) {  // a NaN or an infinity: the whole row of y becomes NaN
-      a.scale[r] = __builtin_nanf("");
+    if (!row_scale(absmax_bits(x, a.k), a.scale + r)) {  // the whole row of y becomes NaN
       write_codes(x, row, a.block_stride, a.k, [](S::F) { return S::set1_s32(0); });
       continue;
     }
-    float absmax;
-    memcpy(&absmax, &bits, 4);
-    float scale = absmax / 127.0f;
-    if (scale < FLT_MIN) scale = FLT_MIN;  // 1 / scale stays finite; a tiny row just uses fewer of the codes
-    if (bits == 0) scale = 1.0f;
-    a.scale[r] = scale;
-    const S::F inverse = S::set1(1.0f / scale);
-    write_codes(x, row, a.block_stride, a.k, [=](S::F v) { return S::round_s32(S::mul(v, inverse)); });
+    const S::F inverse = S::set1(1.0f / a.scale[r]);
+    write_codes(x, row, a.block_stride, a.k, [=](S::F v) { return dynamic_code(v, inverse); });
   }
 }
 
@@ -101,11 +70,8 @@ void quantize_static(const QuantizeArgs& a) {
   for (int64_t r = 0; r < a.rows; ++r) {
     const T* x = static_cast<const T*>(a.x) + r * a.x_stride;
     a.scale[r] = a.static_scale;
-    write_codes(x, a.panel + r * kRowStride, a.block_stride, a.k, [=](S::F v) {
-      // Clamped before the conversion: beyond +-256 the code saturates whatever the zero point is.
-      const S::F t = S::max(S::set1(-256.0f), S::min(S::set1(256.0f), S::nan_to_zero(S::mul(v, inverse))));
-      return S::max_s32(lowest, S::min_s32(highest, S::add_s32(S::round_s32(t), zero_point)));
-    });
+    write_codes(x, a.panel + r * kRowStride, a.block_stride, a.k,
+                [=](S::F v) { return S::max_s32(lowest, S::min_s32(highest, static_code(v, inverse, zero_point))); });
   }
 }
 

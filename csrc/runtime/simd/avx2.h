@@ -82,6 +82,38 @@ struct Simd {
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
     return _mm_cvtsi128_si32(m);
   }
+
+  static I pack_s8(I q0, I q1, I q2, I q3) {  // the packs work in halves; the permutation puts groups of 4 right
+    const I s8 = _mm256_packs_epi16(_mm256_packs_epi32(q0, q1), _mm256_packs_epi32(q2, q3));
+    return _mm256_permutevar8x32_epi32(s8, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+  static void store_s8(int8_t* p, I packed) { _mm256_storeu_si256(reinterpret_cast<I*>(p), packed); }
+  static I load_s8(const int8_t* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I load_s8_n(const int8_t* p, int n) {
+    int8_t lanes[kWidth] = {};
+    memcpy(lanes, p, static_cast<size_t>(n));
+    return load_s8(lanes);
+  }
+  static I sub_s32(I a, I b) { return _mm256_sub_epi32(a, b); }
+
+  static void stream_s8(int8_t* p, I packed) { _mm256_stream_si256(reinterpret_cast<I*>(p), packed); }
+  static void stream(float* p, F x) { _mm256_stream_ps(p, x); }
+  static void stream(fs::bf16* p, F x) { store(p, x); }  // half a vector: no gain
+  static void stream(fs::f16* p, F x) { store(p, x); }
+  static void stream_end() { _mm_sfence(); }
+
+  static uint32_t inside_bits(I q, I low, I high, F x) {
+    const I outside = _mm256_or_si256(_mm256_cmpgt_epi32(low, q), _mm256_cmpgt_epi32(q, high));
+    const F bad = _mm256_or_ps(_mm256_castsi256_ps(outside), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return static_cast<uint32_t>(_mm256_movemask_ps(bad)) ^ 0xff;
+  }
+  static F keep(F x, uint32_t bits) {
+    const I lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const I set = _mm256_and_si256(set1_s32(static_cast<int32_t>(bits)), lane_bit);
+    return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane_bit)));
+  }
 };
 
 }  // namespace

@@ -68,6 +68,30 @@ struct Simd {
   static I max_s32(I a, I b) { return _mm512_max_epi32(a, b); }
   static I abs_bits(F a) { return _mm512_castps_si512(abs(a)); }
   static int32_t reduce_max_s32(I a) { return _mm512_reduce_max_epi32(a); }
+
+  static I pack_s8(I q0, I q1, I q2, I q3) {
+    // The packs work in quarters; the permutation gathers dword i of quarter j from place 4 * i + j.
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const I s8 = _mm512_packs_epi16(_mm512_packs_epi32(q0, q1), _mm512_packs_epi32(q2, q3));
+    return _mm512_permutexvar_epi32(order, s8);
+  }
+  static void store_s8(int8_t* p, I packed) { _mm512_storeu_si512(p, packed); }
+  static I load_s8(const int8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I load_s8_n(const int8_t* p, int n) { return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)); }
+  static I sub_s32(I a, I b) { return _mm512_sub_epi32(a, b); }
+
+  static void stream_s8(int8_t* p, I packed) { _mm512_stream_si512(reinterpret_cast<I*>(p), packed); }
+  static void stream(float* p, F x) { _mm512_stream_ps(p, x); }
+  static void stream(fs::bf16* p, F x) { store(p, x); }  // half a vector: no gain
+  static void stream(fs::f16* p, F x) { store(p, x); }
+  static void stream_end() { _mm_sfence(); }
+
+  static uint32_t inside_bits(I q, I low, I high, F x) {
+    return _mm512_cmple_epi32_mask(low, q) & _mm512_cmple_epi32_mask(q, high) & _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+  }
+  static F keep(F x, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), x); }
 };
 
 }  // namespace

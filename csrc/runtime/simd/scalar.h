@@ -85,6 +85,34 @@ struct Simd {
   static I max_s32(I a, I b) { return a > b ? a : b; }
   static I abs_bits(F a) { return static_cast<I>(bits_from_f32(a) & 0x7fffffff); }
   static int32_t reduce_max_s32(I a) { return a; }
+
+  // Bytes. pack_s8: 4 vectors of s32, each lane clamped to [-128, 127], as 4 * kWidth s8 in one vector.
+  static I pack_s8(I q0, I q1, I q2, I q3) {
+    const I lanes[4] = {q0, q1, q2, q3};
+    I packed = 0;
+    for (int i = 0; i < 4; ++i) {
+      const auto s8 = static_cast<int8_t>(max_s32(-128, min_s32(127, lanes[i])));
+      memcpy(reinterpret_cast<int8_t*>(&packed) + i, &s8, 1);
+    }
+    return packed;
+  }
+  static void store_s8(int8_t* p, I packed) { memcpy(p, &packed, sizeof packed); }
+  static I load_s8(const int8_t* p) { return *p; }  // kWidth s8 as s32
+  static I load_s8_n(const int8_t*, int) { return 0; }
+  static I sub_s32(I a, I b) { return a - b; }
+
+  // Stores past the caches, where the level has them; p at a multiple of the bytes stored. stream_end() before another
+  // thread may read.
+  static void stream_s8(int8_t* p, I packed) { store_s8(p, packed); }
+  template <class T>
+  static void stream(T* p, F x) {
+    store(p, x);
+  }
+  static void stream_end() {}
+
+  // One bit a lane, lane 0 lowest: low <= q <= high, and x is not NaN.
+  static uint32_t inside_bits(I q, I low, I high, F x) { return low <= q && q <= high && x == x; }
+  static F keep(F x, uint32_t bits) { return bits & 1 ? x : 0; }  // lanes whose bit is 0 become 0
 };
 
 }  // namespace

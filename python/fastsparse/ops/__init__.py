@@ -5,5 +5,16 @@ from fastsparse import _library
 _library.load()
 
 from fastsparse.ops.int8_gemm import describe, int8_linear, int8_mm, pack, unpack  # noqa: E402
+from fastsparse.ops.qdq import dequantize, fake_quantize, quantize, quantize_per_token  # noqa: E402
 
-__all__ = ["describe", "int8_linear", "int8_mm", "pack", "unpack"]
+__all__ = [
+    "dequantize",
+    "describe",
+    "fake_quantize",
+    "int8_linear",
+    "int8_mm",
+    "pack",
+    "quantize",
+    "quantize_per_token",
+    "unpack",
+]

@@ -1,5 +1,14 @@
 """The float64 oracles, in plain torch: what the tests and `fastsparse check` hold every kernel against."""
 
 from fastsparse.reference.int8_gemm import int8_linear, int8_mm, quantize_weight
+from fastsparse.reference.qdq import dequantize, fake_quantize, quantize, quantize_per_token
 
-__all__ = ["int8_linear", "int8_mm", "quantize_weight"]
+__all__ = [
+    "dequantize",
+    "fake_quantize",
+    "int8_linear",
+    "int8_mm",
+    "quantize",
+    "quantize_per_token",
+    "quantize_weight",
+]
