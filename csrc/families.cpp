@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "int8_gemm/select.h"
+#include "kl_loss/select.h"
 #include "runtime/workspace.h"
 
 #define FS_STRING_OF(x) #x
@@ -13,6 +14,7 @@ namespace {
 
 constexpr Family kFamilies[] = {
     {"int8_gemm", &int8_gemm::kernel_infos, &int8_gemm::spoil},
+    {"kl_loss", &kl_loss::kernel_infos, &kl_loss::spoil},
 };
 
 }  // namespace

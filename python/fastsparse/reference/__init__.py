@@ -1,5 +1,6 @@
 """The float64 oracles, in plain torch: what the tests and `fastsparse check` hold every kernel against."""
 
 from fastsparse.reference.int8_gemm import int8_linear, int8_mm, quantize_weight
+from fastsparse.reference.kl_loss import distill_loss, kl_div, kl_rows
 
-__all__ = ["int8_linear", "int8_mm", "quantize_weight"]
+__all__ = ["distill_loss", "int8_linear", "int8_mm", "kl_div", "kl_rows", "quantize_weight"]
