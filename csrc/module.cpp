@@ -21,7 +21,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "The levels of this CPU, best first.");
   m.def("set_isa", &fs::isa::set_level, py::arg("level"),
-        "Caps the ISA level for the whole process; '' returns to FASTSPARSE_ISA. ValueError for a level that is not here.");
+        "Caps the ISA level for the whole process; '' returns to FASTSPARSE_ISA. ValueError for a level that is not "
+        "here.");
   m.def(
       "kernels",
       [] {

@@ -48,8 +48,8 @@ struct RowsArgs {
   double* ce;  // [rows], written; unused without targets
   void* grad;  // [rows, classes], contiguous, bf16 if dtype is bf16, else f32; null: not wanted
   double kl_weight, ce_weight;
-  bool stream;      // grad past the caches: it is larger than they are
-  float* kept;      // scratch of kept_floats(classes, ...), aligned to 64; only if classes <= kKept and grad is wanted
+  bool stream;  // grad past the caches: it is larger than they are
+  float* kept;  // scratch of kept_floats(classes, ...), aligned to 64; only if classes <= kKept and grad is wanted
 };
 
 // Floats of scratch that rows of so many classes want; 0 where exponentials are computed again.
@@ -74,8 +74,8 @@ extern const Kernels kAvx512;
 
 // cpu/launch.cpp: threads, scratch, the reduction. `kernels` is what select() chose before work is split.
 struct LossArgs {
-  RowsArgs rows;      // all of them; stream and kept are set by the launcher, weights as above
-  float* row_loss;    // [rows] or null: kl[row] * row_scale
+  RowsArgs rows;    // all of them; stream and kept are set by the launcher, weights as above
+  float* row_loss;  // [rows] or null: kl[row] * row_scale
   double row_scale;
 };
 

@@ -97,7 +97,8 @@ Tensor number(const Tensor& like, double value) {
 }
 
 // (loss, gradient or the student again where none is wanted)
-std::tuple<Tensor, Tensor> kl(const Tensor& student, const Tensor& teacher, double temperature, int64_t reduction, bool want_grad) {
+std::tuple<Tensor, Tensor> kl(const Tensor& student, const Tensor& teacher, double temperature, int64_t reduction,
+                              bool want_grad) {
   Checked c = check_logits(kKl, student, teacher, temperature);
   RowsArgs& a = c.args.rows;
   const int64_t dims = student.dim();
@@ -112,7 +113,8 @@ std::tuple<Tensor, Tensor> kl(const Tensor& student, const Tensor& teacher, doub
     case kMean: divisor = static_cast<double>(student.numel()); break;
     case kSum:
     case kNone: break;
-    default: fail(kKl, "reduction must be 0 (batchmean), 1 (sum), 2 (mean) or 3 (none), got " + std::to_string(reduction));
+    default:
+      fail(kKl, "reduction must be 0 (batchmean), 1 (sum), 2 (mean) or 3 (none), got " + std::to_string(reduction));
   }
   if (divisor == 0) divisor = 1;  // the mean of nothing is 0
   const double weight = temperature * temperature / divisor;
@@ -157,7 +159,8 @@ Distilled distill(const Tensor& student, const Tensor& teacher, const Tensor& ta
   bool same = target.dim() == dims - 1;
   for (int64_t i = 0; same && i + 1 < dims; ++i) same = target.size(i) == student.size(i);
   if (!same)
-    fail(kDistill, "target must have the leading shape of " + shape_of("student_logits", student) + ", got " + shape_of("target", target));
+    fail(kDistill, "target must have the leading shape of " + shape_of("student_logits", student) + ", got " +
+                       shape_of("target", target));
   const Tensor targets = as_contiguous(target);
   a.target = static_cast<const int64_t*>(targets.const_data_ptr());
   a.ignore_index = ignore_index;
@@ -166,8 +169,9 @@ Distilled distill(const Tensor& student, const Tensor& teacher, const Tensor& ta
     if (a.target[r] == ignore_index) continue;
     ++valid;
     if (a.target[r] < 0 || a.target[r] >= a.classes)
-      fail(kDistill, "target must be in [0, " + std::to_string(a.classes) + ") or ignore_index=" +
-                         std::to_string(ignore_index) + ", got " + std::to_string(a.target[r]) + " at row " + std::to_string(r));
+      fail(kDistill, "target must be in [0, " + std::to_string(a.classes) +
+                         ") or ignore_index=" + std::to_string(ignore_index) + ", got " + std::to_string(a.target[r]) +
+                         " at row " + std::to_string(r));
   }
   const double divisor = valid == 0 ? 1 : static_cast<double>(valid);  // the mean of nothing is 0
   a.kl_weight = alpha * temperature / divisor;
@@ -195,7 +199,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distill_train_cpu(Tensor student, Ten
 }
 
 [[noreturn]] void no_cuda(const char* op) {
-  throw std::runtime_error(std::string(op) + ": student_logits is on cuda, and there is no CUDA kernel for " + op + " yet");
+  throw std::runtime_error(std::string(op) + ": student_logits is on cuda, and there is no CUDA kernel for " + op +
+                           " yet");
 }
 Tensor kl_cuda(Tensor, Tensor, double, int64_t) { no_cuda(kKl); }
 std::tuple<Tensor, Tensor> kl_train_cuda(Tensor, Tensor, double, int64_t) { no_cuda(kKl); }
@@ -210,7 +215,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distill_train_cuda(Tensor, Tensor, Te
 STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
   m.def("kl_div(Tensor student, Tensor teacher, float temperature, int reduction) -> Tensor");
   m.def(
-      "distill_loss(Tensor student, Tensor teacher, Tensor target, float temperature, float alpha, int ignore_index) -> "
+      "distill_loss(Tensor student, Tensor teacher, Tensor target, float temperature, float alpha, int ignore_index) "
+      "-> "
       "(Tensor, Tensor, Tensor)");
   // The same with the gradient to the student as the last result; these carry autograd.
   m.def("kl_div_train(Tensor student, Tensor teacher, float temperature, int reduction) -> (Tensor, Tensor)");

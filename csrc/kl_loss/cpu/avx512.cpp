@@ -4,4 +4,7 @@
 #include "../../runtime/simd/avx512.h"
 #include "loss.inl"
 
-const Kernels fs::kl_loss::kAvx512 = {"avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx2 | fs::isa::kAvx512F | fs::isa::kAvx512BW | fs::isa::kAvx512VL | fs::isa::kAvx512DQ, S::kWidth, &rows};
+const Kernels fs::kl_loss::kAvx512 = {
+    "avx512", fs::isa::Level::avx512,
+    fs::isa::kLevelAvx2 | fs::isa::kAvx512F | fs::isa::kAvx512BW | fs::isa::kAvx512VL | fs::isa::kAvx512DQ, S::kWidth,
+    &rows};

@@ -13,8 +13,8 @@ using F = Simd::F;
 constexpr int kVecs = kLanes / S::kWidth;  // a group of kLanes logits is so many vectors
 
 // 2^x for x <= 0 and 0 for -inf; x is held at -125, so that what is finite stays above 0 (and no denormal is made).
-// x + bias rounds x to a whole number whose low bits are the exponent; degree 5 on [-0.5, 0.5], 9e-8 relative. NaN stays.
-// Inlined by force, as what calls it: gcc 12 would call it, with the sums in memory.
+// x + bias rounds x to a whole number whose low bits are the exponent; degree 5 on [-0.5, 0.5], 9e-8 relative. NaN
+// stays. Inlined by force, as what calls it: gcc 12 would call it, with the sums in memory.
 __attribute__((always_inline)) inline F exp2_nonpositive(F x) {
   const F bias = S::set1(12582912.0f + 127.0f);
   const F held = S::max(S::set1(-125.0f), x);
@@ -72,7 +72,8 @@ template <bool kThree, class T>
 inline void add_group(Lanes<0>&, const T*, const T*, const Scale&, float*, int64_t) {}
 // kThree: also the exponentials of temperature 1. kept (or null): where the group's exponentials go, stride apart.
 template <bool kThree, class T, int kCount>
-__attribute__((always_inline)) inline void add_group(Lanes<kCount>& l, const T* s, const T* t, const Scale& c, float* kept, int64_t stride) {
+__attribute__((always_inline)) inline void add_group(Lanes<kCount>& l, const T* s, const T* t, const Scale& c,
+                                                     float* kept, int64_t stride) {
   add_group<kThree>(l.rest, s, t, c, kept, stride);
   constexpr int at = (kCount - 1) * S::kWidth;
   const F ds = S::sub(S::load(s + at), c.s_max), dt = S::sub(S::load(t + at), c.t_max);
@@ -139,7 +140,8 @@ inline double shrink(double x) {
 }
 
 template <bool kThree, class T>
-void add_chunk(RowState& row, const T* s, const T* t, int64_t n, double inverse_temperature, float* kept, int64_t stride) {
+void add_chunk(RowState& row, const T* s, const T* t, int64_t n, double inverse_temperature, float* kept,
+               int64_t stride) {
   constexpr double kLog2E = 1.4426950408889634;
   const int64_t whole = n / kLanes * kLanes;
   const Padded<T> s_rest(s + whole, n - whole), t_rest(t + whole, n - whole);
@@ -299,7 +301,8 @@ struct Row {
         for (int v = 0; v < kVecs; ++v) {
           const int at = v * S::kWidth;
           const Exps e = exps_at<false, kKept>(gs + at, gt + at, c, kept + at, stride);
-          sum[v] = S::add(sum[v], bregman(S::load(gs + at), S::load(gt + at), S::mul(e.s, f.s), S::mul(e.t, f.t), offset, inverse));
+          sum[v] = S::add(
+              sum[v], bregman(S::load(gs + at), S::load(gt + at), S::mul(e.s, f.s), S::mul(e.t, f.t), offset, inverse));
         }
       };
       for (int64_t j = i; j < whole; j += kLanes) group(s + j, t + j, kKept ? a.kept + j : lanes);
@@ -320,7 +323,9 @@ struct Row {
     for (int64_t i = 0; i < a.classes; i += kChunk) {
       const Factors f = factors(i / kChunk, w_s, w_t, w_1);
       const int64_t end = a.classes - i < kChunk ? a.classes : i + kChunk;
-      const auto value = [&](int64_t j) { return grad_of(exps_at<kThree, kKept>(s + j, t + j, c, kKept ? a.kept + j : nullptr, stride), f); };
+      const auto value = [&](int64_t j) {
+        return grad_of(exps_at<kThree, kKept>(s + j, t + j, c, kKept ? a.kept + j : nullptr, stride), f);
+      };
       // n < kWidth of them, from j on; what lies beyond a row is not read.
       const auto few = [&](int64_t j, int64_t n) {
         if (n <= 0) return;
@@ -365,9 +370,11 @@ struct Row {
     // At temperature 1 the two softmaxes of the student are one.
     const double w_s = a.kl_weight + (kThree ? 0 : w_ce), w_t = a.kl_weight, w_1 = kThree ? w_ce : 0;
     if (a.kept != nullptr)
-      a.stream ? write_grad<true, true>(grad, target, w_s, w_t, w_1) : write_grad<true, false>(grad, target, w_s, w_t, w_1);
+      a.stream ? write_grad<true, true>(grad, target, w_s, w_t, w_1)
+               : write_grad<true, false>(grad, target, w_s, w_t, w_1);
     else
-      a.stream ? write_grad<false, true>(grad, target, w_s, w_t, w_1) : write_grad<false, false>(grad, target, w_s, w_t, w_1);
+      a.stream ? write_grad<false, true>(grad, target, w_s, w_t, w_1)
+               : write_grad<false, false>(grad, target, w_s, w_t, w_1);
   }
 
   double ce(int64_t target) const {

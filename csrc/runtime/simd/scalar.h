@@ -55,7 +55,9 @@ struct Simd {
   }
   // The first n lanes, n < kWidth; the others read as 0. Nothing beyond is touched.
   template <class T>
-  static F load_n(const T*, int) { return 0; }
+  static F load_n(const T*, int) {
+    return 0;
+  }
   template <class T>
   static void store_n(T*, F, int) {}
 
@@ -82,7 +84,9 @@ struct Simd {
   static F max_across(F a) { return a; }
   // A store past the caches, p aligned to the vector; fence() before another thread may read it.
   template <class T>
-  static void stream(T* p, F x) { store(p, x); }
+  static void stream(T* p, F x) {
+    store(p, x);
+  }
   static void fence() {}
 
   static I load_s32(const int32_t* p) { return *p; }

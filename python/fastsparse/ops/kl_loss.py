@@ -53,9 +53,7 @@ def kl_div(
     try:
         code = REDUCTIONS[reduction]
     except (KeyError, TypeError):
-        raise ValueError(
-            f"kl_div: reduction must be 'batchmean', 'sum', 'mean' or 'none', got {reduction!r}"
-        ) from None
+        raise ValueError(f"kl_div: reduction must be 'batchmean', 'sum', 'mean' or 'none', got {reduction!r}") from None
     if direction != "forward":
         raise ValueError(f"kl_div: direction must be 'forward' (others are not there yet), got {direction!r}")
     if torch.is_grad_enabled():
