@@ -212,7 +212,7 @@ def test_kl_div_on_whatever(
     assert_gradient(gradient, wanted, shares(student, teacher, temperature, 1.0))
 
 
-# --- what has no ordinary value -----------------------------------------------------------------------------------------
+# --- what has no ordinary value -----------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_nothing_to_average_is_zero() -> None:
@@ -402,7 +402,7 @@ def test_the_parts_carry_no_gradient() -> None:
     assert (loss.requires_grad, kl.requires_grad, ce.requires_grad) == (True, False, False)
 
 
-# --- the table, CUDA, bad input -----------------------------------------------------------------------------------------
+# --- the table, CUDA, bad input -----------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_a_spoiled_kernel_is_seen() -> None:
@@ -441,7 +441,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
     "reduction": (lambda: ops.kl_div(S, T, reduction="max"), "kl_div: reduction must be 'batchmean'", "got 'max'"),
     "reduction list": (lambda: ops.kl_div(S, T, reduction=[]), "kl_div: reduction must be 'batchmean'", "got []"),  # type: ignore[arg-type]
     "code": (lambda: raw.kl_div(S, T, 1.0, 4), "kl_div: reduction must be 0 (batchmean)", "got 4"),
-    "batchmean": (lambda: ops.kl_div(S[0], T[0]), "kl_div: student_logits must have a batch dimension", "student_logits[5]"),
+    "batchmean": (lambda: ops.kl_div(S[0], T[0]), "kl_div: student_logits must have a batch dimension", "student_logits[5]"),  # noqa: E501
     "double": (lambda: ops.kl_div(S.double(), T.double()), "must be float32, bfloat16 or float16", "got float64"),
     "dtypes": (lambda: ops.kl_div(S, T.half()), "kl_div: teacher_logits must be float32", "got float16"),
     "shapes": (lambda: ops.kl_div(S, T[:1]), "teacher_logits must have the shape of student_logits[2, 5]", "[1, 5]"),
@@ -450,7 +450,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
     "temperature 0": (lambda: ops.kl_div(S, T, 0.0), "kl_div: temperature must be in [1e-6, 1e6]", "got 0"),
     "temperature -1": (lambda: ops.kl_div(S, T, -1.0), "kl_div: temperature must be in [1e-6, 1e6]", "got -1"),
     "temperature nan": (lambda: ops.kl_div(S, T, NAN), "kl_div: temperature must be in [1e-6, 1e6]", "got nan"),
-    "teacher": (lambda: ops.kl_div(S, T.clone().requires_grad_()), "teacher_logits must not require a gradient", "got one"),
+    "teacher": (lambda: ops.kl_div(S, T.clone().requires_grad_()), "teacher_logits must not require a gradient", "got one"),  # noqa: E501
     "teacher 2": (
         lambda: ops.distill_loss(S, T.clone().requires_grad_(), Y),
         "distill_loss: teacher_logits must not require a gradient",
@@ -464,8 +464,8 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
         "target must have the leading shape of student_logits[2, 5]",
         "got target[1]",
     ),
-    "target 5": (lambda: ops.distill_loss(S, T, Y + 1), "target must be in [0, 5) or ignore_index=-100", "got 5 at row 1"),
-    "target -1": (lambda: ops.distill_loss(S, T, Y - 1), "target must be in [0, 5) or ignore_index=-100", "got -1 at row 0"),
+    "target 5": (lambda: ops.distill_loss(S, T, Y + 1), "target must be in [0, 5) or ignore_index=-100", "got 5 at row 1"),  # noqa: E501
+    "target -1": (lambda: ops.distill_loss(S, T, Y - 1), "target must be in [0, 5) or ignore_index=-100", "got -1 at row 0"),  # noqa: E501
 }  # fmt: skip
 
 
@@ -483,9 +483,9 @@ def test_bad_input(case: str) -> None:
 @pytest.mark.parametrize("grad", [False, True])
 def test_another_device_is_refused(grad: bool) -> None:
     student = S.clone().requires_grad_(grad)
-    with pytest.raises(ValueError, match="kl_div: teacher_logits must be on cpu.*got meta"):
+    with pytest.raises(ValueError, match=r"kl_div: teacher_logits must be on cpu.*got meta"):
         ops.kl_div(student, T.to("meta"))
-    with pytest.raises(ValueError, match="distill_loss: target must be on cpu.*got meta"):
+    with pytest.raises(ValueError, match=r"distill_loss: target must be on cpu.*got meta"):
         ops.distill_loss(student, T, Y.to("meta"))
 
 
