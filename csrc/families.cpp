@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "int8_gemm/select.h"
+#include "kl_loss/select.h"
 #include "qdq/select.h"
 #include "runtime/workspace.h"
 
@@ -15,6 +16,7 @@ namespace {
 constexpr Family kFamilies[] = {
     {"int8_gemm", &int8_gemm::kernel_infos, &int8_gemm::spoil},
     {"qdq", &qdq::kernel_infos, &qdq::spoil},
+    {"kl_loss", &kl_loss::kernel_infos, &kl_loss::spoil},
 };
 
 }  // namespace

@@ -60,6 +60,33 @@ def _int8_linear(device: torch.device) -> Case:
                 yield what, _error(got.cpu(), expected) / tolerance
 
 
+# (rows, classes): round the group of 16 lanes and the chunk of 1024, and beyond what a row keeps of its exponentials
+_LOGITS = [(1, 1), (3, 5), (2, 16), (2, 17), (5, 1000), (3, 1025), (1, 16389), (0, 7)]
+
+
+def _kl_loss(device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(2)
+    for i, (rows, classes) in enumerate(_LOGITS):
+        for dtype in _TOLERANCE:
+            student = (2 * torch.randn(rows, classes, generator=generator)).to(dtype)
+            teacher = (2 * torch.randn(rows, classes, generator=generator)).to(dtype)
+            target = torch.randint(0, classes, (rows,), generator=generator)
+            temperature = (1.0, 2.5)[i % 2]
+            given = student.to(device, copy=True).requires_grad_()
+            got = ops.distill_loss(given, teacher.to(device), target.to(device), temperature, 0.7, return_parts=True)
+            got[0].backward()
+            exact = student.double().requires_grad_()
+            expected = reference.distill_loss(exact, teacher, target, temperature, 0.7)
+            expected[0].backward()
+            what = f"distill_loss rows={rows} C={classes} T={temperature} {str(dtype).removeprefix('torch.')}"
+            error = max(abs(g.item() - e.item()) / (2e-6 * e.item() + 1e-7) for g, e in zip(got, expected, strict=True))
+            yield what, error if error == error else float("inf")
+            if given.grad is None or exact.grad is None:
+                yield f"{what} gradient", float("inf")
+            else:  # a float32 gradient is a difference of probabilities: of the largest, a few roundings
+                yield f"{what} gradient", _error(given.grad.cpu(), exact.grad) / max(_TOLERANCE[dtype], 4e-6)
+
+
 def _error(got: Tensor, expected: Tensor) -> float:
     """The largest error as a fraction of the largest value expected."""
     if expected.numel() == 0:
@@ -106,6 +133,7 @@ CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
     ("int8_gemm", "cpu"): [_int8_mm, _int8_linear],
     ("int8_gemm", "cuda"): [_int8_linear],
     ("qdq", "cpu"): [_qdq],
+    ("kl_loss", "cpu"): [_kl_loss],
 }
 
 

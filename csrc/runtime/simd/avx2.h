@@ -22,15 +22,15 @@ struct Simd {
   }
   static F load(const fs::f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
-  static void store(fs::bf16* p, F x) {
+  static __m128i round_bf16(F x) {
     const I u = _mm256_castps_si256(x);
     const I odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), set1_s32(1));
     I r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, set1_s32(0x7fff))), 16);
     const I nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     r = _mm256_blendv_epi8(r, set1_s32(0x7fc0), nan);
-    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08));
   }
+  static void store(fs::bf16* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), round_bf16(x)); }
   static void store(fs::f16* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -59,11 +59,19 @@ struct Simd {
   static F select_negative(F x, F negative, F other) {
     return _mm256_blendv_ps(other, negative, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ));
   }
+  static F zero_where_equal(F a, F b, F x) { return _mm256_and_ps(x, _mm256_cmp_ps(a, b, _CMP_NEQ_UQ)); }
+  static F low_bits_to_exponent(F a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23)); }
   static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static I round_s32(F a) { return _mm256_cvtps_epi32(a); }
   static F to_f32(I a) { return _mm256_cvtepi32_ps(a); }
   static F exp2_of(F n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), set1_s32(127)), 23));
+  }
+
+  static float max_across(F a) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
   }
 
   static I load_s32(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }

@@ -54,12 +54,16 @@ struct Simd {
   static F select_negative(F x, F negative, F other) {
     return _mm512_mask_mov_ps(other, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), negative);
   }
+  static F zero_where_equal(F a, F b, F x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), x); }
+  static F low_bits_to_exponent(F a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23)); }
   static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static I round_s32(F a) { return _mm512_cvtps_epi32(a); }
   static F to_f32(I a) { return _mm512_cvtepi32_ps(a); }
   static F exp2_of(F n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), set1_s32(127)), 23));
   }
+
+  static float max_across(F a) { return _mm512_reduce_max_ps(a); }
 
   static I load_s32(const int32_t* p) { return _mm512_loadu_si512(p); }
   static I load_s32_n(const int32_t* p, int n) { return _mm512_maskz_loadu_epi32(first(n), p); }

@@ -71,12 +71,17 @@ struct Simd {
   static F abs(F a) { return f32_from_bits(bits_from_f32(a) & 0x7fffffff); }
   static F nan_to_zero(F a) { return a == a ? a : 0; }
   static F select_negative(F x, F negative, F other) { return x < 0 ? negative : other; }
+  static F zero_where_equal(F a, F b, F x) { return a == b ? 0 : x; }
+  // The low 9 bits as sign and exponent, the rest 0: 2^n for a = 1.5 * 2^23 + 127 + n, n whole, in [-126, 127].
+  static F low_bits_to_exponent(F a) { return f32_from_bits(bits_from_f32(a) << 23); }
   static F round(F a) { return __builtin_rintf(a); }  // half to even
   static I round_s32(F a) { return static_cast<I>(__builtin_rintf(a)); }
   static F to_f32(I a) { return static_cast<F>(a); }
   static F exp2_of(F n) {  // 2^n, n whole, in [-126, 127]
     return f32_from_bits(static_cast<uint32_t>(static_cast<I>(n) + 127) << 23);
   }
+
+  static F max_across(F a) { return a; }
 
   static I load_s32(const int32_t* p) { return *p; }
   static I load_s32_n(const int32_t*, int) { return 0; }

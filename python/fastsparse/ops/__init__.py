@@ -5,14 +5,17 @@ from fastsparse import _library
 _library.load()
 
 from fastsparse.ops.int8_gemm import describe, int8_linear, int8_mm, pack, unpack  # noqa: E402
+from fastsparse.ops.kl_loss import distill_loss, kl_div  # noqa: E402
 from fastsparse.ops.qdq import dequantize, fake_quantize, quantize, quantize_per_token  # noqa: E402
 
 __all__ = [
     "dequantize",
     "describe",
+    "distill_loss",
     "fake_quantize",
     "int8_linear",
     "int8_mm",
+    "kl_div",
     "pack",
     "quantize",
     "quantize_per_token",
