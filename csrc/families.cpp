@@ -4,6 +4,7 @@
 
 #include "int8_gemm/select.h"
 #include "runtime/workspace.h"
+#include "sparse_matmul/select.h"
 
 #define FS_STRING_OF(x) #x
 #define FS_STRING(x) FS_STRING_OF(x)
@@ -13,6 +14,7 @@ namespace {
 
 constexpr Family kFamilies[] = {
     {"int8_gemm", &int8_gemm::kernel_infos, &int8_gemm::spoil},
+    {"sparse_matmul", &sparse_matmul::kernel_infos, &sparse_matmul::spoil},
 };
 
 }  // namespace

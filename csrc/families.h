@@ -34,4 +34,8 @@ FASTSPARSE_API void spoil_kernel(const std::string& family, const std::string& n
 // Bench hook of int8_gemm: seconds per call of the kernel alone, float32, over `copies` weights in turn.
 FASTSPARSE_API double time_int8_linear(int64_t m, int64_t n, int64_t k, int64_t repeats, int64_t copies);
 
+// The same for sparse_matmul: a weight with `density` of its elements not zero, in one of the formats 2, 3, 4.
+FASTSPARSE_API double time_sparse_linear(int64_t m, int64_t n, int64_t k, double density, int64_t format,
+                                         int64_t repeats, int64_t copies);
+
 }  // namespace fs

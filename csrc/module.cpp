@@ -21,7 +21,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "The levels of this CPU, best first.");
   m.def("set_isa", &fs::isa::set_level, py::arg("level"),
-        "Caps the ISA level for the whole process; '' returns to FASTSPARSE_ISA. ValueError for a level that is not here.");
+        "Caps the ISA level for the whole process; '' returns to FASTSPARSE_ISA. ValueError for a level that is not "
+        "here.");
   m.def(
       "kernels",
       [] {
@@ -46,4 +47,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("time_int8_linear", &fs::time_int8_linear, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("repeats"),
         py::arg("copies") = 1, py::call_guard<py::gil_scoped_release>(),
         "Seconds per call of the int8_linear kernel alone (no dispatcher), float32, over `copies` weights in turn.");
+  m.def("time_sparse_linear", &fs::time_sparse_linear, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("density"),
+        py::arg("format"), py::arg("repeats"), py::arg("copies") = 1, py::call_guard<py::gil_scoped_release>(),
+        "Seconds per call of the sparse_linear kernel alone (no dispatcher), over `copies` weights in turn.");
 }

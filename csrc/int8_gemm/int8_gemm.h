@@ -25,12 +25,13 @@
 #pragma once
 #include <stdint.h>
 
+#include "../runtime/activation.h"
 #include "../runtime/features.h"
 
 namespace fs::int8_gemm {
 
+using fs::Activation;  // runtime/activation.h
 enum class DType : int { f32, bf16, f16 };
-enum class Activation : int { none, relu, gelu, silu };  // gelu: the exact one, x * Phi(x)
 
 inline constexpr int kPanelColumns = 16;      // columns of one packed weight panel
 inline constexpr int kStepK = 4;              // k of one step of a tile
@@ -50,9 +51,9 @@ struct QuantizeArgs {
   uint8_t* panel;
   int64_t block_stride;  // bytes between the blocks of a panel
   bool dynamic;
-  float static_scale;          // dynamic false: finite, > 0
-  int32_t static_zero_point;   // dynamic false: in [-128, 127]
-  float* scale;                // [rows], written
+  float static_scale;         // dynamic false: finite, > 0
+  int32_t static_zero_point;  // dynamic false: in [-128, 127]
+  float* scale;               // [rows], written
 };
 
 struct WidenArgs {
@@ -76,8 +77,8 @@ struct TileArgs {
   int32_t offset;
   int64_t k_steps;  // Kp / 4
   int32_t* acc;
-  int64_t prefetch_ahead;      // > 0: weights are prefetched so many bytes ahead of their use (few rows, from L3 or DRAM)
-  const int8_t* prefetch_next; // not null: prefetch_bytes from here go to L2 meanwhile (many rows: the next panel)
+  int64_t prefetch_ahead;  // > 0: weights are prefetched so many bytes ahead of their use (few rows, from L3 or DRAM)
+  const int8_t* prefetch_next;  // not null: prefetch_bytes from here go to L2 meanwhile (many rows: the next panel)
   int64_t prefetch_bytes;
 };
 
@@ -97,10 +98,10 @@ struct Kernels {
   const char* name;
   isa::Level level;
   uint32_t features;
-  int panel_bytes;    // bytes of one element of an A panel
-  int panel_offset;   // what an element is more than x_q: 128 (u8) or 0 (s16)
-  int max_rows;       // of one tile
-  int few_rows;       // tiles of at most so many rows are few_columns wide, taller ones many_columns
+  int panel_bytes;   // bytes of one element of an A panel
+  int panel_offset;  // what an element is more than x_q: 128 (u8) or 0 (s16)
+  int max_rows;      // of one tile
+  int few_rows;      // tiles of at most so many rows are few_columns wide, taller ones many_columns
   int few_columns, many_columns;
   void (*quantize)(const QuantizeArgs&);
   void (*widen)(const WidenArgs&);

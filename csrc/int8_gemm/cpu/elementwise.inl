@@ -7,7 +7,7 @@
 #include <float.h>
 #include <string.h>
 
-#include "../../runtime/simd/math.inl"
+#include "../../runtime/simd/activate.inl"
 #include "../int8_gemm.h"
 
 namespace {
@@ -59,8 +59,8 @@ inline void write_codes(const T* x, uint8_t* row, int64_t block_stride, int64_t 
   for_each_group(
       row, block_stride, k,
       [&](int64_t i, uint8_t* p) {
-        Panel::store4(p, codes(S::load(x + i)), codes(S::load(x + i + S::kWidth)), codes(S::load(x + i + 2 * S::kWidth)),
-                      codes(S::load(x + i + 3 * S::kWidth)));
+        Panel::store4(p, codes(S::load(x + i)), codes(S::load(x + i + S::kWidth)),
+                      codes(S::load(x + i + 2 * S::kWidth)), codes(S::load(x + i + 3 * S::kWidth)));
       },
       [&](int64_t i, uint8_t* p, int count) {
         constexpr int w = S::kWidth;
@@ -138,14 +138,6 @@ void widen(const WidenArgs& w) {
   }
 }
 
-template <Activation kActivation>
-inline Simd::F activate(Simd::F y) {
-  if constexpr (kActivation == Activation::relu) return relu(y);
-  if constexpr (kActivation == Activation::gelu) return gelu(y);
-  if constexpr (kActivation == Activation::silu) return silu(y);
-  return y;
-}
-
 template <Activation kActivation, class T>
 void epilogue_as(const EpilogueArgs& e) {
   using S = Simd;
@@ -160,10 +152,14 @@ void epilogue_as(const EpilogueArgs& e) {
     const S::F no_bias = S::set1(-0.0f);
     int64_t j = 0;
     for (; j + S::kWidth <= e.columns; j += S::kWidth)
-      S::store(y + j, result(S::load_s32(acc + j), S::load(e.weight_scale + j), e.bias ? S::load(e.bias + j) : no_bias));
+      S::store(y + j,
+               result(S::load_s32(acc + j), S::load(e.weight_scale + j), e.bias ? S::load(e.bias + j) : no_bias));
     if (j < e.columns) {
       const int n = static_cast<int>(e.columns - j);
-      S::store_n(y + j, result(S::load_s32_n(acc + j, n), S::load_n(e.weight_scale + j, n), e.bias ? S::load_n(e.bias + j, n) : no_bias), n);
+      S::store_n(y + j,
+                 result(S::load_s32_n(acc + j, n), S::load_n(e.weight_scale + j, n),
+                        e.bias ? S::load_n(e.bias + j, n) : no_bias),
+                 n);
     }
   }
 }
