@@ -59,6 +59,22 @@ def _int8_linear(device: torch.device) -> Case:
                 yield what, _error(got.cpu(), expected) / tolerance
 
 
+def _sparse_linear(device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(2)
+    for m, k, n in _SHAPES:
+        for zeros in (0.0, 0.5, 0.9, 1.0):
+            weight = torch.randn(n, k, generator=generator)
+            weight *= torch.rand(n, k, generator=generator) >= zeros
+            x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
+            for format in ("bitmap32", "sell16", "panels128"):
+                pack = ops.pack(weight, format).to(device)
+                for activation in _ACTIVATIONS:
+                    got = ops.sparse_linear(x.to(device), pack, bias.to(device), activation)
+                    expected = reference.sparse_linear(x, weight, bias, activation)
+                    what = f"sparse_linear M={m} N={n} K={k} zeros {zeros} {format} {activation}"
+                    yield what, _error(got.cpu(), expected) / _SPARSE_TOLERANCE
+
+
 def _error(got: Tensor, expected: Tensor) -> float:
     """The largest error as a fraction of the largest value expected."""
     if expected.numel() == 0:
@@ -68,9 +84,13 @@ def _error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
+# Of the largest value: a chain of up to 1030 float32 roundings, which add up as a random walk does.
+_SPARSE_TOLERANCE = 1e-5
+
 CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
     ("int8_gemm", "cpu"): [_int8_mm, _int8_linear],
     ("int8_gemm", "cuda"): [_int8_linear],
+    ("sparse_matmul", "cpu"): [_sparse_linear],
 }
 
 

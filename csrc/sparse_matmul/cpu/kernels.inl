@@ -64,6 +64,10 @@ inline void write(const Sums<V, kRows>& s, float* y, int64_t stride, int64_t col
   }
 }
 
+// How far ahead of their use values are asked for: docs/kernels/sparse_matmul.md.
+constexpr int64_t kBitmapAhead = 1024;  // floats
+constexpr int64_t kSellAhead = 4096;    // bytes
+
 template <class V, int kRows>
 void bitmap_rows(const FewArgs& a) {
   const Pack& p = a.pack;
@@ -75,12 +79,9 @@ void bitmap_rows(const FewArgs& a) {
     clear(sums);
     for (int64_t begin = 0; begin < p.k; begin += 8) {
       const int64_t end = begin + 8 < p.k ? begin + 8 : p.k;
-      __builtin_prefetch(value + 256);
-      __builtin_prefetch(value + 256 + 16);
-      __builtin_prefetch(value + 256 + 32);
-      __builtin_prefetch(value + 256 + 48);
       for (int64_t k = begin; k < end; ++k) {
         const uint32_t m = mask[k];
+        __builtin_prefetch(value + kBitmapAhead);  // a prefetch cannot fault: it may go beyond the pack
         const float* const middle = value + __builtin_popcount(m & 0xffff);
         const V low = V::expand(value, m & 0xffff), high = V::expand(middle, m >> 16);
         value += __builtin_popcount(m);
@@ -147,8 +148,8 @@ void sell_rows(const FewArgs& a) {
     Slice<Narrow, kRows> sums;
     clear(sums);
     for (; step < end; step += kSellStepBytes) {
-      __builtin_prefetch(step + 1536);
-      __builtin_prefetch(step + 1536 + 64);
+      __builtin_prefetch(step + kSellAhead);
+      __builtin_prefetch(step + kSellAhead + 64);
       const Narrow w = Narrow::load(reinterpret_cast<const float*>(step));
       gather_add(sums, w, Narrow::Index(step + 64, static_cast<uint16_t>(p.k - 1)), a.x, a.x_stride);
     }

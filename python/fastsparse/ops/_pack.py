@@ -1,4 +1,4 @@
-"""The header that all packs begin with (csrc/runtime/pack.h), read and checked as far as it is common to all formats."""
+"""The header that all packs begin with (csrc/runtime/pack.h), as far as it is common to all formats."""
 
 from __future__ import annotations
 

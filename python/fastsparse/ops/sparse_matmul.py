@@ -1,6 +1,6 @@
 """The family sparse_matmul: linear layers whose weight is mostly zeros.
 
-The contract of the kernels is csrc/sparse_matmul/sparse_matmul.h, the packed layouts csrc/sparse_matmul/formats/sparse.h,
+The contract of the kernels is csrc/sparse_matmul/sparse_matmul.h, the packed layouts are in formats/sparse.h there,
 the float64 oracle fastsparse.reference.sparse_matmul.
 """
 
@@ -64,7 +64,7 @@ def sparse_linear(
     if torch.is_grad_enabled():
         if weight.requires_grad:
             raise ValueError(
-                "sparse_linear: weight must not require a gradient: it is a pack, and there is no gradient to its values yet"
+                "sparse_linear: weight must not require a gradient: there is none to the values of a pack yet"
             )
         if x.requires_grad or (bias is not None and bias.requires_grad):
             return _ACTIVATE[code](_sparse_linear_train(x, weight, n, bias))
@@ -111,7 +111,7 @@ def _linear_shape(x: Tensor, weight: Tensor, n: int, bias: Tensor | None = None)
     if n < 0:
         if bias is None:
             raise ValueError(
-                "sparse_linear: out_features must be given where the pack can't be read (torch.compile) and bias is None"
+                "sparse_linear: out_features must be given where bias is None and the pack can't be read (compiled)"
             )
         n = bias.shape[0]
     return x.new_empty((*x.shape[:-1], n))

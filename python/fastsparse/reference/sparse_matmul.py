@@ -21,7 +21,7 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
 
 
 def sparse_linear_bound(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What a float32 sum in a chain may be off before the activation: K + 1 roundings of at most the sum of magnitudes."""
+    """What a chain of float32 sums may be off, before the activation: a rounding per term, each of all magnitudes."""
     magnitude = x.double().abs() @ weight.double().abs().t()
     if bias is not None:
         magnitude = magnitude + bias.double().abs()
