@@ -17,7 +17,7 @@ from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4}
 MAX_SELL_K = 65536  # kMaxSellK in csrc/sparse_matmul/sparse_matmul.h
 FEW_ROWS = 8  # up to so many rows of x a few-rows format is the faster one: docs/kernels/sparse_matmul.md
-SELL_DENSITY = 0.25  # below, sell16 is faster than bitmap32: same place
+SELL_DENSITY = 0.4  # below, sell16 is faster than bitmap32: same place
 
 _sparse_linear = torch.ops.fastsparse.sparse_linear.default
 _sparse_linear_train = torch.ops.fastsparse.sparse_linear_train.default
