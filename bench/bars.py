@@ -286,7 +286,39 @@ def qdq_token(context: Context) -> list[Part]:
     ]
 
 
+# ---- sparse_matmul ----
+
+SPARSE_WEIGHTS = ((768, 768), (768, 3072), (4096, 4096))  # (K, N)
+
+
+def _sparse(m: int, zeros: int) -> Callable[[Context], list[Part]]:
+    """Dense float32's time over ours."""
+
+    def ratio_to(context: Context) -> list[Part]:
+        def ratio(r: Row) -> float | None:
+            dense = find(context.rows, r, FP32)
+            return dense.median / r.median if dense is not None and dense.ok else None
+
+        return [
+            _part(f"K={k} N={n}", context.ours("sparse_linear", m=m, k=k, n=n, zeros=zeros), ratio, "no dense figure")
+            for k, n in SPARSE_WEIGHTS
+        ]
+
+    return ratio_to
+
+
 BARS: tuple[Bar, ...] = (
+    *(
+        Bar(
+            f"sparse-m{m}-z{zeros}",
+            "sparse_matmul",
+            f"sparse_linear, one thread, M = {m}, {zeros}% zeros: speed-up over dense float32",
+            _sparse(m, zeros),
+            at_least=goal,
+            condition=one_thread,
+        )
+        for m, zeros, goal in ((1, 50, 1.6), (1, 90, 5.0), (64, 50, 1.5), (64, 90, 5.0))
+    ),
     Bar(
         "int8-compute",
         "int8_gemm",

@@ -6,6 +6,7 @@
 #include "kl_loss/select.h"
 #include "qdq/select.h"
 #include "runtime/workspace.h"
+#include "sparse_matmul/select.h"
 
 #define FS_STRING_OF(x) #x
 #define FS_STRING(x) FS_STRING_OF(x)
@@ -17,6 +18,7 @@ constexpr Family kFamilies[] = {
     {"int8_gemm", &int8_gemm::kernel_infos, &int8_gemm::spoil},
     {"qdq", &qdq::kernel_infos, &qdq::spoil},
     {"kl_loss", &kl_loss::kernel_infos, &kl_loss::spoil},
+    {"sparse_matmul", &sparse_matmul::kernel_infos, &sparse_matmul::spoil},
 };
 
 }  // namespace

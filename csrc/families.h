@@ -37,4 +37,8 @@ FASTSPARSE_API double time_int8_linear(int64_t m, int64_t n, int64_t k, int64_t 
 // Bench hook of kl_loss: seconds per forward with gradient, float32, into memory that is there.
 FASTSPARSE_API double time_kl_div(int64_t rows, int64_t classes, int64_t repeats);
 
+// The same for sparse_matmul: a weight with `density` of its elements not zero, in one of the formats 2, 3, 4.
+FASTSPARSE_API double time_sparse_linear(int64_t m, int64_t n, int64_t k, double density, int64_t format,
+                                         int64_t repeats, int64_t copies);
+
 }  // namespace fs

@@ -50,4 +50,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("time_kl_div", &fs::time_kl_div, py::arg("rows"), py::arg("classes"), py::arg("repeats"),
         py::call_guard<py::gil_scoped_release>(),
         "Seconds per forward and gradient of kl_div alone (no dispatcher, no allocation), float32.");
+  m.def("time_sparse_linear", &fs::time_sparse_linear, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("density"),
+        py::arg("format"), py::arg("repeats"), py::arg("copies") = 1, py::call_guard<py::gil_scoped_release>(),
+        "Seconds per call of the sparse_linear kernel alone (no dispatcher), over `copies` weights in turn.");
 }

@@ -87,6 +87,22 @@ def _kl_loss(device: torch.device) -> Case:
                 yield f"{what} gradient", _error(given.grad.cpu(), exact.grad) / max(_TOLERANCE[dtype], 4e-6)
 
 
+def _sparse_linear(device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(2)
+    for m, k, n in _SHAPES:
+        for zeros in (0.0, 0.5, 0.9, 1.0):
+            weight = torch.randn(n, k, generator=generator)
+            weight *= torch.rand(n, k, generator=generator) >= zeros
+            x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
+            for format in ("bitmap32", "sell16", "panels128"):
+                pack = ops.pack(weight, format).to(device)
+                for activation in _ACTIVATIONS:
+                    got = ops.sparse_linear(x.to(device), pack, bias.to(device), activation)
+                    expected = reference.sparse_linear(x, weight, bias, activation)
+                    what = f"sparse_linear M={m} N={n} K={k} zeros {zeros} {format} {activation}"
+                    yield what, _error(got.cpu(), expected) / _SPARSE_TOLERANCE
+
+
 def _error(got: Tensor, expected: Tensor) -> float:
     """The largest error as a fraction of the largest value expected."""
     if expected.numel() == 0:
@@ -129,11 +145,15 @@ def _qdq(device: torch.device) -> Case:
             yield f"{name} [{m}, {k}] {str(dtype).removeprefix('torch.')} axis {axis}", 0.0 if right else float("inf")
 
 
+# Of the largest value: a chain of up to 1030 float32 roundings, which add up as a random walk does.
+_SPARSE_TOLERANCE = 1e-5
+
 CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
     ("int8_gemm", "cpu"): [_int8_mm, _int8_linear],
     ("int8_gemm", "cuda"): [_int8_linear],
     ("qdq", "cpu"): [_qdq],
     ("kl_loss", "cpu"): [_kl_loss],
+    ("sparse_matmul", "cpu"): [_sparse_linear],
 }
 
 

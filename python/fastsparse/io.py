@@ -30,12 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from fastsparse import ops
-from fastsparse.nn import Int8Linear
+from fastsparse.nn import Int8Linear, SparseLinear
+from fastsparse.nn._packed import PackedLinear
 
 FORMAT = "fastsparse"
 VERSION = 1
 
-_CLASSES = {"Int8Linear": Int8Linear}  # each has config(), state_problems() and a constructor that takes its config
+# Each has config(), state_problems() and a constructor that takes its config.
+_CLASSES: dict[str, type[PackedLinear]] = {"Int8Linear": Int8Linear, "SparseLinear": SparseLinear}
 _FUSED = (nn.ReLU, nn.GELU, nn.SiLU)  # what nn.Identity may stand for once it runs inside a layer
 _PACK_ALIGNMENT = 64
 _DTYPES = {
@@ -234,7 +236,7 @@ class _File:
     path: str
     tensors: dict[str, Tensor]
     tied: dict[str, str]
-    modules: dict[str, Int8Linear]  # filled from `tensors`, in no model yet
+    modules: dict[str, PackedLinear]  # filled from `tensors`, in no model yet
     identities: list[str]
 
     def error(self, text: str) -> ValueError:
@@ -311,7 +313,7 @@ def _tied(file: _File, metadata: dict[str, str]) -> dict[str, str]:
     return tied
 
 
-def _build(file: _File, name: str, config: Any) -> Int8Linear:
+def _build(file: _File, name: str, config: Any) -> PackedLinear:
     """The module that the file describes under `name`, with its tensors in it: valid, or an error."""
     what = f"module {name!r}"
     got = config.get("class") if isinstance(config, dict) else config
@@ -338,7 +340,7 @@ def _build(file: _File, name: str, config: Any) -> Int8Linear:
     pack = file.tensors[prefix + "weight"]
     # The header was right, and there is one way to pack a weight: so this sees every byte that is not as written by
     # pack(), but for the rare change of weights and column sums that fit each other.
-    if not torch.equal(ops.pack(ops.unpack(pack)), pack):
+    if not torch.equal(ops.pack(ops.unpack(pack), ops.describe(pack)["format"]), pack):
         raise file.error(f"{what}: {prefix}weight is a damaged pack: its bytes do not agree with one another")
     # Assigned, not copied; but a tie of the file is no reason for two modules of a model to share memory.
     state = {key: file.tensors[prefix + key] for key in module.state_dict()}
@@ -374,21 +376,24 @@ def _fit(file: _File, model: nn.Module) -> dict[str, _Swap]:
         if isinstance(module, tuple(_CLASSES.values())) and name not in file.modules:
             raise file.error(f"model has {type(module).__name__} at {name!r}, where the file holds a dense layer")
 
-    twins: dict[int, Int8Linear] = {}  # a module under several names stays one, if it is one in the file
+    twins: dict[int, PackedLinear] = {}  # a module under several names stays one, if it is one in the file
     swaps: dict[str, _Swap] = {}
     for name, new in file.modules.items():
         old = in_model.get(name)
         if old is None:
             raise file.error(f"model must have a module {name!r}, which the file holds as {new}; got none")
         _check_fits(file, name, old, new)
-        if isinstance(old, nn.Linear):
+        # A sparse pack of another length can't be copied into the one that is there: its layer gives way, too.
+        if isinstance(old, nn.Linear) or (
+            name and isinstance(old, SparseLinear) and old.weight.shape != new.weight.shape
+        ):
             twin = twins.get(id(old))
             if twin is not None and twin.config() == new.config() and _same_state(twin, new):
                 new = twin
             else:
                 twins[id(old)] = new
                 new.train(old.training).to(old.weight.device)
-                if new.bias is not None:
+                if new.bias is not None and old.bias is not None:
                     new.bias.requires_grad_(old.bias.requires_grad)
             swaps[name] = _swap(in_model, name, new)
     for name in file.identities:
@@ -410,12 +415,14 @@ def _fit(file: _File, model: nn.Module) -> dict[str, _Swap]:
     return swaps
 
 
-def _check_fits(file: _File, name: str, old: nn.Module, new: Int8Linear) -> None:
+def _check_fits(file: _File, name: str, old: nn.Module, new: PackedLinear) -> None:
     if isinstance(old, type(new)):
         fits = old.config() == new.config()
     elif isinstance(old, nn.Linear):
         if not name:
-            raise file.error("model must contain the layer to be replaced, got the layer: give an Int8Linear")
+            raise file.error(
+                f"model must contain the layer to be replaced, got the layer: give an {type(new).__name__}"
+            )
         if nn.parameter.is_lazy(old.weight):
             raise file.error(f"model must have shapes, got a lazy layer at {name!r}; run the model once")
         fits = old.weight.shape == (new.out_features, new.in_features) and (old.bias is None) == (new.bias is None)

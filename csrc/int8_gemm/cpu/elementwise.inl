@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "../../qdq/cpu/rows.inl"
-#include "../../runtime/simd/math.inl"
+#include "../../runtime/simd/activate.inl"
 #include "../int8_gemm.h"
 
 namespace {
@@ -102,14 +102,6 @@ void widen(const WidenArgs& w) {
           Panel::store4(p, rest);
         });
   }
-}
-
-template <Activation kActivation>
-inline Simd::F activate(Simd::F y) {
-  if constexpr (kActivation == Activation::relu) return relu(y);
-  if constexpr (kActivation == Activation::gelu) return gelu(y);
-  if constexpr (kActivation == Activation::silu) return silu(y);
-  return y;
 }
 
 template <Activation kActivation, class T>

@@ -1,6 +1,6 @@
 // vnni16 v1, the packed layout of an int8 weight s8[N,K]:
 //
-//   64-byte pack header (below)
+//   64-byte pack header (runtime/pack.h): dtype 1, block 16
 //   s8 [Np/16][Kp/4][16][4]   Np, Kp: N, K rounded up to 16, 4; padding is zero
 //     element (n,k) at ((n/16)*(Kp/4) + k/4)*64 + (n%16)*4 + k%4
 //   zeros up to the next multiple of 64 from the start (the run above ends on one)
@@ -8,35 +8,20 @@
 //   zeros up to the next multiple of 64
 //
 // 8 + 32/K bits a weight. Little-endian, the same on every ISA level and device; readers refuse other versions.
-//
-// Header, 64 bytes: magic "fspk" | u16 format | u16 version | u32 dtype | u32 block | s64 n | s64 k | s64 nonzeros |
-// u64 bytes (of the whole pack) | 16 bytes zero.
 #pragma once
 #include <cstdint>
 #include <string>
 
-namespace fs {
+#include "../../runtime/pack.h"
 
-struct PackHeader {
-  char magic[4];
-  uint16_t format;
-  uint16_t version;
-  uint32_t dtype;  // 1: s8
-  uint32_t block;  // columns of a panel
-  int64_t n, k;
-  int64_t nonzeros;
-  uint64_t bytes;
-  uint8_t zero[16];
-};
-static_assert(sizeof(PackHeader) == 64, "the header is 64 bytes");
+namespace fs {
 
 namespace vnni16 {
 
 inline constexpr uint16_t kFormat = 1;
 inline constexpr uint16_t kVersion = 1;
 inline constexpr uint32_t kDTypeS8 = 1;
-inline constexpr int64_t kLargestSide = int64_t{1} << 31;  // n and k lie below: no size below overflows
-inline constexpr int64_t kHeaderBytes = sizeof(PackHeader);
+inline constexpr int64_t kHeaderBytes = kPackHeaderBytes;
 
 inline int64_t padded_n(int64_t n) { return (n + 15) / 16 * 16; }
 inline int64_t padded_k(int64_t k) { return (k + 3) / 4 * 4; }

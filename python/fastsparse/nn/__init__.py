@@ -1,5 +1,6 @@
 """Modules over `fastsparse.ops`: what takes the place of a torch layer in a model."""
 
 from fastsparse.nn.int8_linear import Int8Linear
+from fastsparse.nn.sparse_linear import SparseLinear
 
-__all__ = ["Int8Linear"]
+__all__ = ["Int8Linear", "SparseLinear"]

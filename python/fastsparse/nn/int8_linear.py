@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsparse import ops
-from fastsparse.ops.int8_gemm import ACTIVATIONS
+from fastsparse.nn._packed import FLOATS, PackedLinear, check_activation, check_size, what
 
 MAX_K = 131071  # kMaxK in csrc/int8_gemm/int8_gemm.h: beyond it a sum of int8 products may leave int32
 _MAX_N = 2**31 - 1
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -44,7 +42,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight * (1.0 / scale)[:, None]).round_().to(torch.int8), scale
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(PackedLinear):
     """A linear layer in W8A8: int8 weights, one scale per output channel; x quantized dynamically, one scale per token.
 
     y = activation(x W^T + bias) for x float32, bfloat16 or float16 [..., in_features]; y [..., out_features] has x's
@@ -62,9 +60,7 @@ class Int8Linear(nn.Module):
         bias: float32 [N], a Parameter, or None.
     """
 
-    weight: Tensor
     weight_scale: Tensor
-    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None) -> None:
         """An empty layer (zeros), for `load_state_dict` to fill; `from_linear` makes one that computes something.
@@ -75,9 +71,9 @@ class Int8Linear(nn.Module):
             ValueError: a size out of range, or an unknown activation.
         """
         super().__init__()
-        _check_size("in_features", in_features, MAX_K, "for the sums to be exact in int32")
-        _check_size("out_features", out_features, _MAX_N, "for the pack's header")
-        _check_activation(activation)
+        check_size("Int8Linear", "in_features", in_features, MAX_K, "for the sums to be exact in int32")
+        check_size("Int8Linear", "out_features", out_features, _MAX_N, "for the pack's header")
+        check_activation(activation, "Int8Linear")
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
@@ -105,7 +101,7 @@ class Int8Linear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"Int8Linear.from_linear: linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        _check_activation(activation, "Int8Linear.from_linear")
+        check_activation(activation, "Int8Linear.from_linear")
         if nn.parameter.is_lazy(linear.weight):
             raise ValueError(
                 "Int8Linear.from_linear: linear has no weights yet (a lazy layer); run the model once before converting"
@@ -113,7 +109,7 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach()
         if weight.device.type != "cpu":
             raise ValueError(f"Int8Linear.from_linear: linear must be on the CPU, got {weight.device}")
-        if weight.dtype not in _FLOATS:
+        if weight.dtype not in FLOATS:
             raise ValueError(
                 "Int8Linear.from_linear: linear.weight must be float32, bfloat16 or float16, "
                 f"got {str(weight.dtype).removeprefix('torch.')} (linear.float() converts it)"
@@ -138,25 +134,11 @@ class Int8Linear(nn.Module):
         return module.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Autocast knows torch's own ops only, so its cast is made here; like F.linear, it leaves float64 alone.
-        # Going round x.device and Module.__getattr__ takes a fifth off a call of 16 x 16 (36 to 28 us; nn.Linear: 23).
-        device = "cpu" if x.is_cpu else x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype in _FLOATS:
-            x = x.to(torch.get_autocast_dtype(device))
+        # Going round Module.__getattr__ takes a part off the cost of a small call, too.
         buffers: dict[str, Any] = self._buffers
-        return ops.int8_linear(x, buffers["weight"], buffers["weight_scale"], self.bias, self.activation)
-
-    def config(self) -> dict[str, Any]:
-        """The arguments that make an empty layer like this one; plain data, for JSON."""
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-            "activation": self.activation,
-        }
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+        return ops.int8_linear(
+            self.cast_for_autocast(x), buffers["weight"], buffers["weight_scale"], self.bias, self.activation
+        )
 
     def state_problems(self, state: dict[str, Any], prefix: str = "") -> list[str]:
         """What keeps the tensors of `state` under `prefix` from being this layer's; absent ones are not its matter."""
@@ -167,7 +149,7 @@ class Int8Linear(nn.Module):
             wanted = f"{prefix}weight must be a pack of [N={n}, K={k}]"
             if isinstance(weight, Tensor) and weight.is_meta:  # it has no header to read
                 if weight.dtype != torch.uint8 or weight.shape != self.weight.shape:
-                    problems.append(f"{wanted}, got {_what(weight)}")
+                    problems.append(f"{wanted}, got {what(weight)}")
             else:
                 try:
                     header = ops.describe(weight)
@@ -181,54 +163,7 @@ class Int8Linear(nn.Module):
             if value is None or (name == "bias" and self.bias is None):
                 continue
             if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != (n,):
-                problems.append(f"{prefix}{name} must be float32 [{n}], got {_what(value)}")
+                problems.append(f"{prefix}{name} must be float32 [{n}], got {what(value)}")
             elif name == "weight_scale" and not value.is_meta and not bool(torch.isfinite(value).all()):
                 problems.append(f"{prefix}{name} must be finite, got a NaN or an infinity in it")
         return problems
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # torch checks shapes alone, tensor by tensor: a foreign pack of the right length would be taken, and a scale
-        # that fits before a pack that does not. Here all of a layer is taken or nothing.
-        problems = self.state_problems(state_dict, prefix)
-        if problems:
-            error_msgs += [f"Int8Linear: {problem}." for problem in problems]
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        # half(), to(dtype) and type(dtype) convert a whole model through here. The kernels take x in any float dtype
-        # but scale and bias in float32 alone (they meet the int32 sum in float32), and the pack is bytes. So only what
-        # fn does to the device is taken over.
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
-
-        super()._apply(keep_dtype, recurse)
-        return self
-
-
-def _check_size(name: str, value: Any, largest: int, why: str) -> None:
-    if type(value) is not int or not 0 <= value <= largest:
-        raise ValueError(f"Int8Linear: {name} must be an int from 0 to {largest} {why}, got {value!r}")
-
-
-def _check_activation(activation: Any, where: str = "Int8Linear") -> None:
-    if not (activation is None or isinstance(activation, str)) or activation not in ACTIVATIONS:
-        raise ValueError(f"{where}: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}")
-
-
-def _what(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return type(value).__name__

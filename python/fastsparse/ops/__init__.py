@@ -4,9 +4,11 @@ from fastsparse import _library
 
 _library.load()
 
-from fastsparse.ops.int8_gemm import describe, int8_linear, int8_mm, pack, unpack  # noqa: E402
+from fastsparse.ops._packs import describe, pack, unpack  # noqa: E402
+from fastsparse.ops.int8_gemm import int8_linear, int8_mm  # noqa: E402
 from fastsparse.ops.kl_loss import distill_loss, kl_div  # noqa: E402
 from fastsparse.ops.qdq import dequantize, fake_quantize, quantize, quantize_per_token  # noqa: E402
+from fastsparse.ops.sparse_matmul import sparse_linear  # noqa: E402
 
 __all__ = [
     "dequantize",
@@ -19,5 +21,6 @@ __all__ = [
     "pack",
     "quantize",
     "quantize_per_token",
+    "sparse_linear",
     "unpack",
 ]

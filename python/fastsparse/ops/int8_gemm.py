@@ -5,7 +5,6 @@ The contract of the kernels is csrc/int8_gemm/int8_gemm.h, the float64 oracle fa
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import torch
@@ -81,77 +80,24 @@ def int8_mm(a: Tensor, b: Tensor) -> Tensor:
     return _int8_mm(a, b)
 
 
-def pack(weight: Tensor, format: str = "auto", rows: int | None = None) -> Tensor:
-    """Packs a weight once, for all calls to come.
-
-    Args:
-        weight: int8 [N, K].
-        format: "vnni16" (csrc/int8_gemm/formats/vnni16.h), which is also what "auto" gives for int8.
-        rows: rows of x to be expected; for formats that depend on it (this one does not).
-
-    Returns:
-        uint8 [bytes]: a plain tensor for state_dict, safetensors, deepcopy and torch.compile, same on every machine.
-    """
-    if format not in ("auto", "vnni16"):
-        raise ValueError(f"pack: format must be 'auto' or 'vnni16', got {format!r}")
-    if rows is not None and rows < 0:
-        raise ValueError(f"pack: rows must be None or at least 0, got {rows}")
+def pack_int8(weight: Tensor) -> Tensor:
+    """`ops.pack` for int8 weights."""
     return _int8_pack(weight)
 
 
-def unpack(pack: Tensor) -> Tensor:
-    """The inverse of `pack`: int8 [N, K]. Raises ValueError for anything that is not a pack."""
-    header = describe(pack)
+def unpack_int8(pack: Tensor, header: dict[str, Any]) -> Tensor:
     return _int8_unpack(pack, header["n"], header["k"])
 
 
-# struct PackHeader in csrc/int8_gemm/formats/vnni16.h
-_HEADER = struct.Struct("<4sHHIIqqqQ16s")
-_FORMATS = {1: "vnni16"}
-_DTYPES = {1: "int8"}
-_LARGEST_SIDE = 2**31  # as in vnni16.h
-
-
-def describe(pack: Tensor) -> dict[str, Any]:
-    """What a pack holds: format, version, dtype, n, k, block, nonzeros, bytes. Reads and checks the header.
-
-    Raises:
-        ValueError: not a pack, of another version or format, or truncated; the message says which.
-    """
-    if not isinstance(pack, Tensor) or pack.dtype != torch.uint8 or pack.dim() != 1:
-        got = f"{pack.dtype} {list(pack.shape)}" if isinstance(pack, Tensor) else type(pack).__name__
-        raise ValueError(f"describe: pack must be a uint8 vector made by ops.pack(), got {got}")
-    if pack.numel() < _HEADER.size:
-        raise ValueError(f"describe: pack must have at least its header of {_HEADER.size} bytes, got {pack.numel()}")
-    raw = bytes(pack[: _HEADER.size].tolist())
-    magic, format_, version, dtype, block, n, k, nonzeros, size, reserved = _HEADER.unpack(raw)
-    if magic != b"fspk":
-        raise ValueError(f"describe: pack must begin with b'fspk', got {magic!r}; make one with ops.pack()")
-    if format_ not in _FORMATS:
-        raise ValueError(f"describe: pack has format {format_}, this build reads {_FORMATS}")
-    if version != 1:
-        raise ValueError(f"describe: pack has {_FORMATS[format_]} version {version}, this build reads version 1")
-    sides_fit = 0 <= n < _LARGEST_SIDE and 0 <= k < _LARGEST_SIDE
-    if dtype not in _DTYPES or block != 16 or not sides_fit or not 0 <= nonzeros <= n * k or any(reserved):
-        raise ValueError(
-            f"describe: pack has a damaged header: dtype {dtype}, block {block}, N={n}, K={k}, {nonzeros} non-zeros, "
-            f"reserved bytes {reserved.hex()}"
-        )
+def describe_int8(pack: Tensor, header: dict[str, Any]) -> dict[str, Any]:
+    """The size that the header promises is the one that is there."""
+    n, k, size = header["n"], header["k"], header["bytes"]
     expected = _vnni16_bytes(n, k)
     if size != expected or pack.numel() != expected:
         raise ValueError(
             f"describe: pack of [N={n}, K={k}] must have {expected} bytes, got {pack.numel()} (its header says {size})"
         )
-    return {
-        "format": _FORMATS[format_],
-        "version": version,
-        "dtype": _DTYPES[dtype],
-        "n": n,
-        "k": k,
-        "block": block,
-        "nonzeros": nonzeros,
-        "bytes": size,
-    }
+    return header
 
 
 def _vnni16_bytes(n: int, k: int) -> int:

@@ -3,6 +3,7 @@
 from fastsparse.reference.int8_gemm import int8_linear, int8_mm, quantize_weight
 from fastsparse.reference.kl_loss import distill_loss, kl_div, kl_rows
 from fastsparse.reference.qdq import dequantize, fake_quantize, quantize, quantize_per_token
+from fastsparse.reference.sparse_matmul import sparse_linear, sparse_linear_bound
 
 __all__ = [
     "dequantize",
@@ -15,4 +16,6 @@ __all__ = [
     "quantize",
     "quantize_per_token",
     "quantize_weight",
+    "sparse_linear",
+    "sparse_linear_bound",
 ]

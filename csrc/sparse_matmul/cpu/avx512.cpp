@@ -1,0 +1,78 @@
+// sparse_matmul, AVX-512 (F, VL): written by the recipe, not tuned on hardware.
+// Idea     bitmap: vexpandps from memory, 16 values at once. sell: one gather for 16 outputs. panels: one broadcast
+// weight
+//          meets 64 rows of x, 4 FMAs with memory operands.
+// Tile     bitmap: 32 outputs x 1 to 3 rows, 2 zmm sums a row: as many cycles of latency as vexpandps needs of its
+// port.
+//          sell: 16 outputs x 1 to 3 rows. panels: 1 output x 64 rows, 4 zmm sums.
+// Reads    formats/sparse.h; vexpandps reads no more than the values it uses.
+// Tails    outputs: partly stored; k: none is padded; rows: smaller instances, 8 rows in half a vector.
+// Measured for exactness only: docs/kernels/sparse_matmul.md
+#include "../../runtime/simd/avx512.h"
+#include "../../runtime/simd/transpose8_avx.inl"
+
+namespace {
+
+struct Lanes {
+  __m512 v;
+  static Lanes zero() { return {_mm512_setzero_ps()}; }
+  static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  static Lanes expand(const float* value, uint32_t mask) {
+    return {_mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask), value)};
+  }
+  static __m512 broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Lanes fma(const Lanes& w, __m512 x, const Lanes& s) { return {_mm512_fmadd_ps(w.v, x, s.v)}; }
+  static Lanes multiply_add(const Lanes& w, const Lanes& x, const Lanes& s) { return {_mm512_fmadd_ps(w.v, x.v, s.v)}; }
+  struct Index {
+    __m512i k;
+    Index(const uint8_t* p, uint16_t last) {
+      const __m256i u16 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      k = _mm512_cvtepu16_epi32(_mm256_min_epu16(u16, _mm256_set1_epi16(static_cast<int16_t>(last))));
+    }
+    Lanes of(const float* x) const { return {_mm512_i32gather_ps(k, x, 4)}; }
+  };
+};
+using Narrow = Lanes;
+using Wide = Lanes;
+
+}  // namespace
+
+#include "kernels.inl"
+
+namespace {
+
+// A panel of 8 rows: the same walk in 256-bit registers.
+void panel8(const PanelArgs& a) {
+  const Pack& p = a.pack;
+  const int64_t blocks = (p.k + kBlockK - 1) / kBlockK;
+  const uint8_t* order = p.order + a.chunk * blocks * 2 * kChunk;
+  int64_t at = at_most(p.offset[a.chunk], p.total);
+  memset(a.sums, 0, kChunk * 8 * sizeof(float));
+  for (int64_t b = 0; b < blocks; ++b, order += 2 * kChunk) {
+    for (int64_t place = 0; place < kChunk && order[kChunk + place] != 0; ++place) {
+      const int64_t count = order[kChunk + place];
+      __m256 s = _mm256_loadu_ps(a.sums + order[place] * 8);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* x = a.panel + (b * kBlockK + (p.index[at + i] & (kBlockK - 1))) * 8;
+        s = _mm256_fmadd_ps(_mm256_broadcast_ss(p.value + at + i), _mm256_loadu_ps(x), s);
+      }
+      _mm256_storeu_ps(a.sums + order[place] * 8, s);
+      at = at_most(static_cast<uint64_t>(at + count), p.total);
+    }
+  }
+}
+
+void panel(const PanelArgs& a) {
+  switch (a.lanes) {
+    case 8: return panel8(a);
+    case 16: return panel_lanes<1>(a);
+    case 32: return panel_lanes<2>(a);
+    default: return panel_lanes<4>(a);
+  }
+}
+
+}  // namespace
+
+const Kernels fs::sparse_matmul::kAvx512 = {
+    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panel, &transpose, &finish};

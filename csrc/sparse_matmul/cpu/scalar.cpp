@@ -1,0 +1,64 @@
+// sparse_matmul, scalar: the level that every machine runs, and the plainest statement of what the others compute.
+#include "../../runtime/simd/scalar.h"
+
+namespace {
+
+struct Lanes {
+  float v[16];
+  static Lanes zero() { return {}; }
+  static Lanes load(const float* p) {
+    Lanes l;
+    memcpy(l.v, p, sizeof l.v);
+    return l;
+  }
+  void store(float* p) const { memcpy(p, v, sizeof v); }
+  static Lanes expand(const float* value, uint32_t mask) {
+    Lanes l{};
+    for (int i = 0; i < 16; ++i)
+      if (mask >> i & 1) l.v[i] = *value++;
+    return l;
+  }
+  static float broadcast(const float* p) { return *p; }
+  static Lanes fma(const Lanes& w, float x, const Lanes& s) {
+    Lanes l;
+    for (int i = 0; i < 16; ++i) l.v[i] = Simd::fma(w.v[i], x, s.v[i]);
+    return l;
+  }
+  static Lanes multiply_add(const Lanes& w, const Lanes& x, const Lanes& s) {
+    Lanes l;
+    for (int i = 0; i < 16; ++i) l.v[i] = Simd::fma(w.v[i], x.v[i], s.v[i]);
+    return l;
+  }
+  struct Index {
+    uint16_t k[16];
+    Index(const uint8_t* p, uint16_t last) {
+      memcpy(k, p, sizeof k);
+      for (uint16_t& i : k) i = i < last ? i : last;
+    }
+    Lanes of(const float* x) const {
+      Lanes l;
+      for (int i = 0; i < 16; ++i) l.v[i] = x[k[i]];
+      return l;
+    }
+  };
+};
+using Narrow = Lanes;
+using Wide = Lanes;
+
+inline void transpose8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  for (int64_t i = 0; i < 8; ++i)
+    for (int64_t j = 0; j < 8; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+}
+
+}  // namespace
+
+#include "kernels.inl"
+
+namespace {
+
+void panel(const PanelArgs& a) { panel_lanes<8>(a); }
+
+}  // namespace
+
+const Kernels fs::sparse_matmul::kScalar = {
+    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap, &sell, &panel, &transpose, &finish};

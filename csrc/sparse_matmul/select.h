@@ -1,0 +1,30 @@
+// The table of kernels and the shape thresholds of the family: short pure functions, each with its measurement.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../families.h"
+#include "../runtime/isa.h"
+#include "sparse_matmul.h"
+
+namespace fs::sparse_matmul {
+
+// The first row that fits this CPU and the cap in force. Throws what isa::current_level() throws.
+const Kernels& select();
+
+// Every row of the table, best first (whether or not this CPU runs it), and the same for `_C.kernels()`.
+std::vector<const Kernels*> table();
+std::vector<KernelInfo> kernel_infos();
+
+// Test hook behind `_C.spoil_kernel`: the row of this name gets its first result wrong by one; "" mends it.
+// Throws std::invalid_argument for a name that is not in the table. Not to be called while kernels run.
+void spoil(const std::string& name);
+
+// The rows of the next panel of x when so many are left: the widest that they fill, 8 for the last ones.
+inline int64_t panel_lanes(int64_t left) { return left > 32 ? 64 : left > 16 ? 32 : left > 8 ? 16 : 8; }
+
+// True: the work is too small for a second thread.
+inline bool one_thread(int64_t m, int64_t stored) { return m * stored < (int64_t{1} << 16); }
+
+}  // namespace fs::sparse_matmul

@@ -1,0 +1,116 @@
+// sparse_matmul: the contract of every kernel of the family. Read this first. Torch-free.
+//
+//   sparse_linear   y[M,N] = act(x[M,K] W^T + bias), all float32, W[N,K] in one of three packs (formats/sparse.h)
+//
+// Exactness: an output is one chain of fused multiply-adds over ascending k that starts at +0, whatever the format, the
+// level, the number of threads and the number of rows: so for finite x the bits of y are always the same. (Slots that a
+// format stores as zeros add 0 * x, which changes nothing while x is finite; where x holds a NaN or an infinity the
+// outputs that meet it are NaN or infinite in some formats and untouched in others.) bias is added to the finished sum.
+//
+// Memory: a pack's bytes may be anything once its header and size have passed (formats::view). No index can leave its
+// block: k is u8 & 127 inside a padded panel of 128, or a u16 held below K; rows are u8 inside a padded chunk of 256,
+// or are compared with N; offsets and the position in the values are held below the total, behind which there is room
+// for what one step may read. Damaged bytes give wrong numbers and never an access outside.
+#pragma once
+#include <stdint.h>
+
+#include "../runtime/activation.h"
+#include "../runtime/features.h"
+
+namespace fs::sparse_matmul {
+
+inline constexpr int kFewRows = 3;           // rows of x that one pass over a few-rows pack serves
+inline constexpr int64_t kPanelRows = 64;    // rows of x in the widest panel
+inline constexpr int64_t kMaxSellK = 65536;  // u16 indices
+
+inline constexpr int64_t kBitmapColumns = 32;  // outputs of a bitmap32 block
+inline constexpr int64_t kSellRows = 16;       // outputs of a sell16 slice
+inline constexpr int64_t kSellStepBytes = 96;  // 16 f32, 16 u16
+inline constexpr int64_t kChunk = 256;         // outputs of a panels128 chunk
+inline constexpr int64_t kBlockK = 128;        // k of a panels128 block
+inline constexpr int64_t kSlack = 512;         // floats behind the values that may be read
+
+// A pack, taken apart by formats::view. Only the pointers of its format are set.
+struct Pack {
+  int format;
+  int64_t n, k;
+  int64_t total;           // stored values (bitmap32, panels128) or steps (sell16)
+  const uint64_t* offset;  // first value or step of each block, slice or chunk, and the total at last
+  const uint32_t* mask;    // bitmap32: [blocks][k], bit j: output 32 * block + j
+  const uint32_t* row;     // sell16: [slices][16], the output of each lane; N and above: none
+  const uint8_t* step;     // sell16: [total][96]
+  const uint8_t* order;    // panels128: [chunks][k blocks][2][256]: rows, then their counts, descending
+  const uint8_t* index;    // panels128: [total], k inside the block
+  const float* value;
+};
+
+// Sums of blocks (slices) [begin, end) for `rows` rows of x, 1 .. kFewRows: y[r, output] = sum. Neither reads y.
+struct FewArgs {
+  Pack pack;
+  const float* x;  // [rows, k], rows x_stride elements apart
+  int64_t x_stride;
+  int64_t rows;
+  int64_t begin, end;
+  float* y;  // [rows, n], rows y_stride elements apart
+  int64_t y_stride;
+};
+
+// One chunk of outputs for one panel of x: sums f32[kChunk][lanes], zeroed by the kernel, then written.
+struct PanelArgs {
+  Pack pack;
+  const float* panel;  // [K rounded up to kBlockK][lanes], x transposed; rows and k beyond x are zero
+  int64_t lanes;       // 8, 16, 32 or 64
+  int64_t chunk;
+  float* sums;
+};
+
+// out[c * out_stride + r] = in[r * in_stride + c]
+struct TransposeArgs {
+  const float* in;
+  int64_t in_stride;
+  int64_t rows, columns;
+  float* out;
+  int64_t out_stride;
+};
+
+// y[i] = act(sum[i] + bias[i]); y may be sum.
+struct FinishArgs {
+  const float* sum;
+  const float* bias;  // or null
+  Activation activation;
+  int64_t count;
+  float* y;
+};
+
+struct Kernels {
+  const char* name;
+  isa::Level level;
+  uint32_t features;
+  void (*bitmap)(const FewArgs&);
+  void (*sell)(const FewArgs&);
+  void (*panel)(const PanelArgs&);
+  void (*transpose)(const TransposeArgs&);
+  void (*finish)(const FinishArgs&);
+};
+
+// One per ISA file (cpu/<level>.cpp).
+extern const Kernels kScalar;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+// cpu/launch.cpp: blocking, threads, scratch. `kernels` is what select() chose before work is split.
+struct LinearArgs {
+  Pack weight;
+  const float* x;  // [m, k], rows x_stride elements apart
+  int64_t x_stride;
+  int64_t m;
+  const float* bias;  // [n] or null
+  Activation activation;
+  float* y;  // [m, n], contiguous
+};
+
+void linear(const Kernels& kernels, const LinearArgs& args);
+
+}  // namespace fs::sparse_matmul

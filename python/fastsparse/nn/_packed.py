@@ -1,0 +1,101 @@
+"""What the layers over a pack share: configuration, loading all or nothing, moves between devices, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastsparse.ops.int8_gemm import ACTIVATIONS
+
+_Self = TypeVar("_Self", bound="PackedLinear")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is a pack, a uint8 buffer named `weight`; its subclasses know the format."""
+
+    weight: Tensor
+    bias: nn.Parameter | None
+    in_features: int
+    out_features: int
+    activation: str | None
+
+    def state_problems(self, state: dict[str, Any], prefix: str = "") -> list[str]:
+        """What keeps the tensors of `state` under `prefix` from being this layer's; absent ones are not its matter."""
+        raise NotImplementedError
+
+    def make_room(self, weight: Tensor) -> None:
+        """Called before a valid `weight` is loaded, for formats whose length depends on what they hold."""
+
+    def cast_for_autocast(self, x: Tensor) -> Tensor:
+        """Autocast knows torch's own ops only, so its cast is made here; like F.linear, it leaves float64 alone."""
+        # Going round x.device takes a part off the cost of a small call.
+        device = "cpu" if x.is_cpu else x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype in FLOATS:
+            return x.to(torch.get_autocast_dtype(device))
+        return x
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that make an empty layer like this one; plain data, for JSON."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "activation": self.activation,
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torch checks shapes alone, tensor by tensor: a foreign pack of the right length would be taken, and a scale
+        # that fits before a pack that does not. Here all of a layer is taken or nothing.
+        problems = self.state_problems(state_dict, prefix)
+        if problems:
+            error_msgs += [f"{type(self).__name__}: {problem}." for problem in problems]
+            return
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None:
+            self.make_room(weight)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        # half(), to(dtype) and type(dtype) convert a whole model through here. The kernels take x in any float dtype
+        # but scale and bias in float32 alone (they meet the sum in float32), and the pack is bytes. So only what
+        # fn does to the device is taken over.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+
+def check_size(where: str, name: str, value: Any, largest: int, why: str) -> None:
+    if type(value) is not int or not 0 <= value <= largest:
+        raise ValueError(f"{where}: {name} must be an int from 0 to {largest} {why}, got {value!r}")
+
+
+def check_activation(activation: Any, where: str) -> None:
+    if not (activation is None or isinstance(activation, str)) or activation not in ACTIVATIONS:
+        raise ValueError(f"{where}: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}")
+
+
+def what(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__

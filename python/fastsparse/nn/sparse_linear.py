@@ -1,0 +1,133 @@
+"""SparseLinear: torch.nn.Linear whose zeros are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsparse import ops
+from fastsparse.nn._packed import PackedLinear, check_activation, check_size, what
+
+_MAX_SIDE = 2**31 - 1
+
+
+class SparseLinear(PackedLinear):
+    """A linear layer with a sparse float32 weight: y = activation(x W^T + bias), without what is zero in W.
+
+    x float32, bfloat16 or float16 [..., in_features]; y [..., out_features] has x's dtype, or autocast's where autocast
+    is on, as with `torch.nn.functional.linear`; the sums are float32. Differentiable in `x` and `bias`; the weight is
+    fixed. `half()`, `to(dtype)` and the like move the module between devices but leave its dtypes alone.
+
+    Attributes:
+        in_features, out_features: K and N.
+        activation: None, "relu", "gelu" (the exact one) or "silu"; applied inside the kernel.
+        weight: uint8 [bytes], a buffer: the pack (`ops.describe`, `ops.unpack`). Its length depends on the zeros.
+        bias: float32 [N], a Parameter, or None.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None) -> None:
+        """An empty layer (zeros), for `load_state_dict` to fill; `from_linear` makes one that computes something.
+
+        Under `with torch.device("meta")` it allocates nothing; fill it with `load_state_dict(..., assign=True)`.
+
+        Raises:
+            ValueError: a size out of range, or an unknown activation.
+        """
+        super().__init__()
+        check_size("SparseLinear", "in_features", in_features, _MAX_SIDE, "for the pack's header")
+        check_size("SparseLinear", "out_features", out_features, _MAX_SIDE, "for the pack's header")
+        check_activation(activation, "SparseLinear")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        zeros = torch.zeros(out_features, dtype=torch.float32)
+        # Without data there are no zeros to count: the length of a meta pack says nothing.
+        empty = torch.empty(0, dtype=torch.uint8)
+        if not zeros.is_meta:
+            empty = ops.pack(zeros[:, None].expand(out_features, in_features), "panels128")
+        self.register_buffer("weight", empty)
+        self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, format: str = "auto", rows: int | None = None, activation: str | None = None
+    ) -> SparseLinear:
+        """Packs a dense layer, exactly as it is; the layer itself stays, and the copy shares no memory with it.
+
+        Args:
+            linear: on the CPU, float32; what is zero in its weight [N, K] is left out, all else is kept to the bit.
+            format, rows: as for `ops.pack`.
+            activation: None, "relu", "gelu" or "silu": what follows the layer and shall run inside the kernel.
+
+        Returns:
+            A layer in the training mode of `linear`, whose bias requires a gradient if that of `linear` does.
+
+        Raises:
+            TypeError: `linear` is no torch.nn.Linear.
+            ValueError: names the argument, what came and what was expected.
+        """
+        where = "SparseLinear.from_linear"
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{where}: linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        check_activation(activation, where)
+        if nn.parameter.is_lazy(linear.weight):
+            raise ValueError(f"{where}: linear has no weights yet (a lazy layer); run the model once before converting")
+        weight = linear.weight.detach()
+        if weight.device.type != "cpu":
+            raise ValueError(f"{where}: linear must be on the CPU, got {weight.device}")
+        if weight.dtype != torch.float32:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise ValueError(f"{where}: linear.weight must be float32, got {dtype} (linear.float() converts it)")
+        try:
+            pack = ops.pack(weight, format, rows)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        out_features, in_features = weight.shape
+        with torch.device("meta"):  # every tensor of it is set below
+            module = cls(in_features, out_features, linear.bias is not None, activation)
+        module.weight = pack
+        if linear.bias is not None:
+            bias = linear.bias.detach().to(torch.float32, copy=True)
+            module.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+        return module.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Going round Module.__getattr__ takes a part off the cost of a small call.
+        weight = self._buffers["weight"]
+        assert weight is not None
+        return ops.sparse_linear(self.cast_for_autocast(x), weight, self.bias, self.activation, self.out_features)
+
+    def state_problems(self, state: dict[str, Any], prefix: str = "") -> list[str]:
+        """What keeps the tensors of `state` under `prefix` from being this layer's; absent ones are not its matter.
+
+        A pack is validated to its last index here.
+        """
+        problems = []
+        n, k = self.out_features, self.in_features
+        weight = state.get(prefix + "weight")
+        if weight is not None:
+            wanted = f"{prefix}weight must be a pack of float32 [N={n}, K={k}]"
+            if isinstance(weight, Tensor) and weight.is_meta:  # it has no header to read
+                if weight.dtype != torch.uint8 or weight.dim() != 1:
+                    problems.append(f"{wanted}, got {what(weight)}")
+            else:
+                try:
+                    header = ops.describe(weight)
+                except ValueError as error:
+                    problems.append(f"{wanted}: {error}")
+                else:
+                    if (header["n"], header["k"], header["dtype"]) != (n, k, "float32"):
+                        got = f"{header['dtype']} [N={header['n']}, K={header['k']}]"
+                        problems.append(f"{wanted}, got a pack of {got}")
+        bias = state.get(prefix + "bias")
+        absent = bias is None or self.bias is None
+        if not absent and (not isinstance(bias, Tensor) or bias.dtype != torch.float32 or bias.shape != (n,)):
+            problems.append(f"{prefix}bias must be float32 [{n}], got {what(bias)}")
+        return problems
+
+    def make_room(self, weight: Tensor) -> None:
+        """A pack is as long as its zeros let it be: the buffer takes the length of the one that is loaded."""
+        if self.weight.shape != weight.shape:
+            self.weight = self.weight.new_empty(weight.shape)

@@ -1,0 +1,50 @@
+"""The header that all packs begin with (csrc/runtime/pack.h), as far as it is common to all formats."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HEADER = struct.Struct("<4sHHIIqqqQ16s")
+FORMATS = {1: "vnni16", 2: "bitmap32", 3: "sell16", 4: "panels128"}
+DTYPES = {1: "int8", 2: "float32"}
+BLOCKS = {1: 16, 2: 32, 3: 16, 4: 128}
+LARGEST_SIDE = 2**31
+
+
+def read_header(pack: Tensor) -> dict[str, Any]:
+    """What `ops.describe` returns. Raises ValueError; the format's own sizes and contents are not checked here."""
+    if not isinstance(pack, Tensor) or pack.dtype != torch.uint8 or pack.dim() != 1:
+        got = f"{pack.dtype} {list(pack.shape)}" if isinstance(pack, Tensor) else type(pack).__name__
+        raise ValueError(f"describe: pack must be a uint8 vector made by ops.pack(), got {got}")
+    if pack.numel() < HEADER.size:
+        raise ValueError(f"describe: pack must have at least its header of {HEADER.size} bytes, got {pack.numel()}")
+    raw = bytes(pack[: HEADER.size].tolist())
+    magic, format_, version, dtype, block, n, k, nonzeros, size, reserved = HEADER.unpack(raw)
+    if magic != b"fspk":
+        raise ValueError(f"describe: pack must begin with b'fspk', got {magic!r}; make one with ops.pack()")
+    if format_ not in FORMATS:
+        raise ValueError(f"describe: pack has format {format_}, this build reads {FORMATS}")
+    if version != 1:
+        raise ValueError(f"describe: pack has {FORMATS[format_]} version {version}, this build reads version 1")
+    sides_fit = 0 <= n < LARGEST_SIDE and 0 <= k < LARGEST_SIDE
+    wanted_dtype = 1 if format_ == 1 else 2
+    damaged = dtype != wanted_dtype or block != BLOCKS[format_] or any(reserved)
+    if damaged or not sides_fit or not 0 <= nonzeros <= n * k:
+        raise ValueError(
+            f"describe: pack has a damaged header: dtype {dtype}, block {block}, N={n}, K={k}, {nonzeros} non-zeros, "
+            f"reserved bytes {reserved.hex()}"
+        )
+    return {
+        "format": FORMATS[format_],
+        "version": version,
+        "dtype": DTYPES[dtype],
+        "n": n,
+        "k": k,
+        "block": block,
+        "nonzeros": nonzeros,
+        "bytes": size,
+    }

@@ -1,0 +1,158 @@
+"""The family sparse_matmul: linear layers whose weight is mostly zeros.
+
+The contract of the kernels is csrc/sparse_matmul/sparse_matmul.h, the packed layouts are in formats/sparse.h there,
+the float64 oracle fastsparse.reference.sparse_matmul.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsparse.ops._pack import HEADER
+from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
+
+FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4}
+MAX_SELL_K = 65536  # kMaxSellK in csrc/sparse_matmul/sparse_matmul.h
+FEW_ROWS = 8  # up to so many rows of x a few-rows format is the faster one: docs/kernels/sparse_matmul.md
+SELL_DENSITY = 0.4  # below, sell16 is faster than bitmap32: same place
+
+_sparse_linear = torch.ops.fastsparse.sparse_linear.default
+_sparse_linear_train = torch.ops.fastsparse.sparse_linear_train.default
+_sparse_pack = torch.ops.fastsparse.sparse_pack.default
+_sparse_unpack = torch.ops.fastsparse.sparse_unpack.default
+_sparse_validate = torch.ops.fastsparse.sparse_validate.default
+
+
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    out_features: int | None = None,
+) -> Tensor:
+    """A linear layer with a sparse float32 weight: y = activation(x W^T + bias).
+
+    The bits of y are the same for every format of the pack, every level, number of threads and number of rows, while x
+    is finite. A NaN or an infinity in x reaches the outputs whose weights are not zero; whether it reaches the others
+    depends on the format.
+
+    Args:
+        x: float32 [..., K]; any strides. bfloat16 and float16 are computed in float32 and rounded at the end.
+        weight: a pack of f32[N, K], from `pack`. It is a plain tensor without a gradient.
+        bias: float32 [N].
+        activation: None, "relu", "gelu" (the exact one) or "silu".
+        out_features: N. Needed under torch.compile where there is no bias (the pack's bytes can't be read there).
+
+    Returns:
+        [..., N] in x's dtype. Differentiable in `x` and `bias`; the weight is fixed.
+
+    Raises:
+        ValueError: names the argument, what came and what was expected.
+    """
+    try:
+        code = ACTIVATIONS[activation]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"sparse_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
+        ) from None
+    n = -1 if out_features is None else out_features
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return sparse_linear(x.float(), weight, bias, activation, out_features).to(x.dtype)
+    if torch.is_grad_enabled():
+        if weight.requires_grad:
+            raise ValueError(
+                "sparse_linear: weight must not require a gradient: there is none to the values of a pack yet"
+            )
+        if x.requires_grad or (bias is not None and bias.requires_grad):
+            return _ACTIVATE[code](_sparse_linear_train(x, weight, n, bias))
+    return _sparse_linear(x, weight, n, bias, code)
+
+
+def choose_format(density: float, k: int, rows: int | None) -> str:
+    """What "auto" means: by the rows of x to be expected (None: many) and the part of the weights that is not zero."""
+    if rows is None or rows > FEW_ROWS:
+        return "panels128"
+    return "sell16" if density < SELL_DENSITY and k <= MAX_SELL_K else "bitmap32"
+
+
+def pack_float(weight: Tensor, format: str, rows: int | None) -> Tensor:
+    """`ops.pack` for float32 weights, dense or torch.sparse_csr."""
+    if weight.layout == torch.sparse_csr:
+        weight = weight.to_dense()
+    elif weight.layout != torch.strided:
+        raise ValueError(f"pack: weight must be dense or torch.sparse_csr, got layout {weight.layout}")
+    if weight.dim() != 2:
+        raise ValueError(f"pack: weight must be a matrix [N, K], got weight{list(weight.shape)}")
+    weight = weight.detach()
+    if format == "auto":
+        density = int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
+        format = choose_format(density, weight.shape[1], rows)
+    return _sparse_pack(weight, FORMATS[format])
+
+
+def unpack_float(pack: Tensor, header: dict[str, Any]) -> Tensor:
+    return _sparse_unpack(pack, header["n"], header["k"])
+
+
+def describe_float(pack: Tensor, header: dict[str, Any]) -> dict[str, Any]:
+    """Validates every byte that says where something is: a kernel trusts none of them, but a reader should know."""
+    try:
+        _sparse_validate(pack)
+    except ValueError as error:
+        raise ValueError(f"describe: {str(error).removeprefix('sparse_validate: ')}") from None
+    return header
+
+
+def _linear_shape(x: Tensor, weight: Tensor, n: int, bias: Tensor | None = None) -> Tensor:
+    _check_devices("sparse_linear", x, weight=weight, bias=bias)
+    if n < 0:
+        if bias is None:
+            raise ValueError(
+                "sparse_linear: out_features must be given where bias is None and the pack can't be read (compiled)"
+            )
+        n = bias.shape[0]
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("fastsparse::sparse_linear")
+def _(x: Tensor, weight: Tensor, n: int, bias: Tensor | None = None, activation: int = 0) -> Tensor:
+    return _linear_shape(x, weight, n, bias)
+
+
+torch.library.register_fake("fastsparse::sparse_linear_train")(_linear_shape)
+
+
+@torch.library.register_fake("fastsparse::sparse_pack")
+def _(weight: Tensor, format: int) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size(min=HEADER.size)
+    return weight.new_empty(size, dtype=torch.uint8)
+
+
+@torch.library.register_fake("fastsparse::sparse_unpack")
+def _(pack: Tensor, n: int, k: int) -> Tensor:
+    return pack.new_empty((n, k), dtype=torch.float32)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _n, bias = (*inputs, None)[:4]
+    ctx.save_for_backward(weight)
+    ctx.n, ctx.k = output.shape[-1], x.shape[-1]
+    ctx.has_bias = bias is not None
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (weight,) = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x = grad @ _sparse_unpack(weight, ctx.n, ctx.k)
+    # The dispatcher drops trailing arguments that have their default, and needs_input_grad with them.
+    if ctx.has_bias and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, grad_bias
+
+
+torch.library.register_autograd("fastsparse::sparse_linear_train", _linear_backward, setup_context=_save_for_backward)

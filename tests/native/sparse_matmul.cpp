@@ -1,0 +1,130 @@
+// Holds every row of the sparse_matmul table that this CPU runs against plain loops, bit for bit, in all formats;
+// without torch, so that it is a small static program which an instruction emulator can run too (that is how the
+// AVX-512 row is checked where no CPU at hand has it: docs/kernels/sparse_matmul.md). Inputs lie between poisoned
+// margins and outputs between canaries: a read outside changes a result, a write shows.
+//
+// Usage: sparse_matmul [cases] [seed]. Exit status 0: all equal.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/runtime/parallel.h"
+#include "../../csrc/sparse_matmul/formats/sparse.h"
+#include "../../csrc/sparse_matmul/select.h"
+#include "../../csrc/sparse_matmul/sparse_matmul.h"
+
+namespace fs {  // the torch-free stand-in of runtime/parallel.cpp: two "threads", one after the other
+int num_threads() { return 2; }
+void parallel_for_raw(int64_t count, RangeFn fn, void* context) {
+  fn(0, count / 2, context);
+  fn(count / 2, count, context);
+}
+}  // namespace fs
+
+namespace {
+
+using namespace fs::sparse_matmul;
+std::mt19937 generator;
+
+int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+int64_t pick(std::initializer_list<int64_t> values) {
+  return values.begin()[uniform(0, static_cast<int64_t>(values.size()) - 1)];
+}
+float normal() { return std::normal_distribution<float>()(generator); }
+
+constexpr size_t kMargin = 64;
+
+// `count` floats between margins of NaN.
+struct Guarded {
+  std::vector<float> all;
+  size_t count;
+  explicit Guarded(int64_t n)
+      : all(static_cast<size_t>(n) + 2 * kMargin, std::nanf("")), count(static_cast<size_t>(n)) {}
+  float* data() { return all.data() + kMargin; }
+  bool margins_intact() const {
+    for (size_t i = 0; i < kMargin; ++i)
+      if (!std::isnan(all[i]) || !std::isnan(all[kMargin + count + i])) return false;
+    return true;
+  }
+};
+
+int failures = 0;
+
+void check(const std::vector<const Kernels*>& rows) {
+  const int64_t m = pick({1, 2, 3, 4, 5, 8, 9, 17, 33, 65}), n = pick({1, 15, 16, 31, 33, 64, 100, 257, 300});
+  const int64_t k = pick({0, 1, 3, 8, 63, 127, 128, 130, 300}), stride = k + pick({0, 3});
+  const int64_t percent = pick({0, 50, 90, 100});
+  Guarded x(m * stride), bias(n);
+  std::vector<float> weight(static_cast<size_t>(n * k));
+  for (int64_t r = 0; r < m; ++r)
+    for (int64_t i = 0; i < k; ++i) x.data()[r * stride + i] = normal();
+  for (int64_t j = 0; j < n; ++j) bias.data()[j] = normal();
+  for (float& w : weight) w = uniform(0, 99) < percent ? 0.0f : normal();
+  const bool with_bias = uniform(0, 1) != 0;
+  const auto activation = static_cast<fs::Activation>(uniform(0, 3));
+
+  std::vector<float> expected(static_cast<size_t>(m * n));
+  for (int64_t r = 0; r < m; ++r)
+    for (int64_t j = 0; j < n; ++j) {
+      float sum = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        const float w = weight[static_cast<size_t>(j * k + i)];
+        if (w != 0) sum = std::fma(w, x.data()[r * stride + i], sum);
+      }
+      expected[static_cast<size_t>(r * n + j)] = sum;
+    }
+  for (int64_t r = 0; r < m; ++r) {
+    float* y = expected.data() + r * n;
+    rows.front()->finish({y, with_bias ? bias.data() : nullptr, activation, n, y});  // the scalar row's epilogue
+  }
+  for (const formats::Format format : {formats::kBitmap32, formats::kSell16, formats::kPanels128}) {
+    const std::vector<uint8_t> bytes = formats::pack(format, weight.data(), k, 1, n, k);
+    std::vector<float> back(weight.size());
+    LinearArgs args{};
+    const auto size = static_cast<int64_t>(bytes.size());
+    const std::string error = formats::validate(bytes.data(), size) + formats::view(bytes.data(), size, &args.weight);
+    if (error.empty()) formats::unpack(args.weight, back.data());
+    if (!error.empty() || back != weight) {
+      std::printf("FAILED: format %d, N=%ld K=%ld: %s\n", format, n, k,
+                  error.empty() ? "unpack differs" : error.c_str());
+      ++failures;
+      continue;
+    }
+    for (const Kernels* row : rows) {
+      Guarded y(m * n);
+      args.x = x.data();
+      args.x_stride = stride;
+      args.m = m;
+      args.bias = with_bias ? bias.data() : nullptr;
+      args.activation = activation;
+      args.y = y.data();
+      linear(*row, args);
+      const bool equal = std::memcmp(y.data(), expected.data(), expected.size() * 4) == 0;
+      if (equal && y.margins_intact()) continue;
+      std::printf("FAILED %s: format %d, M=%ld N=%ld K=%ld, %ld%% zeros, activation %d: %s\n", row->name, format, m, n,
+                  k, percent, static_cast<int>(activation), equal ? "wrote outside y" : "differs");
+      ++failures;
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 200;
+  generator.seed(argc > 2 ? static_cast<unsigned>(std::atoi(argv[2])) : 0);
+  std::vector<const Kernels*> rows;
+  std::string names;
+  for (const Kernels* row : table())
+    if (fs::isa::usable(row->level, row->features)) {
+      rows.insert(rows.begin(), row);
+      names = std::string(row->name) + " " + names;
+    }
+  for (int i = 0; i < cases && failures < 20; ++i) check(rows);
+  std::printf("%d cases of sparse_linear in 3 formats; rows: %s; %d failures\n", cases, names.c_str(), failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,445 @@
+"""sparse_matmul: every level and format against float64, bits against each other, packs to the byte, damage, errors."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from fastsparse import ops, reference
+from tests.support import forced, guarded, isa_levels, same_bits, strided, threads
+
+FORMATS = ("bitmap32", "sell16", "panels128")
+ACTIVATIONS = (None, "relu", "gelu", "silu")
+# Round the tiles: 3 rows a pass, panels of 8 to 64; 16, 32 and 256 outputs; 8 and 128 k.
+SHAPES = [
+    (1, 1, 1), (1, 16, 8), (2, 17, 7), (3, 31, 9), (4, 32, 127), (5, 33, 128), (8, 64, 129), (9, 255, 31),
+    (16, 256, 61), (17, 257, 130), (33, 61, 300), (65, 31, 257), (130, 40, 64),
+]  # fmt: skip
+EMPTY = [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0), (3, 0, 0)]
+SIZES = st.integers(0, 70) | st.sampled_from([127, 129, 255, 257])
+
+
+def sparse(n: int, k: int, zeros: float = 0.7) -> Tensor:
+    """Uneven on purpose: one row full, one column full, one row empty."""
+    w = torch.randn(n, k) * (torch.rand(n, k) >= zeros)
+    if n > 2 and k > 2 and 0 < zeros < 1:
+        w[n // 2], w[:, k // 2], w[-1] = torch.randn(k), torch.randn(n), 0
+    return w
+
+
+def assert_close(got: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None, what: Any = "") -> None:
+    assert got.dtype == torch.float32, what
+    error = (got.double() - reference.sparse_linear(x, w, bias)).abs()
+    assert (error <= reference.sparse_linear_bound(x, w, bias) + 1e-45).all(), (what, error.max())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("isa", isa_levels())
+def test_linear(isa: str, format: str) -> None:
+    with forced(isa, "sparse_matmul"):
+        for m, n, k in SHAPES + EMPTY:
+            for zeros in (0.0, 0.8):
+                w, x, bias = sparse(n, k, zeros), torch.randn(m, k), torch.randn(n)
+                pack = ops.pack(w, format)
+                assert_close(ops.sparse_linear(x, pack), x, w, None, (m, n, k, zeros))
+                assert_close(ops.sparse_linear(x, pack, bias), x, w, bias, (m, n, k, zeros))
+
+
+def test_all_formats_levels_threads_and_row_counts_give_the_same_bits() -> None:
+    m, n, k = 67, 270, 139
+    w, x, bias = sparse(n, k, 0.8), torch.randn(m, k), torch.randn(n)
+    for activation in ACTIVATIONS:
+        expected = None
+        for isa in isa_levels():
+            for format in FORMATS:
+                pack = ops.pack(w, format)
+                for count in (1, 2):
+                    with forced(isa, "sparse_matmul"), threads(count):
+                        y = ops.sparse_linear(x, pack, bias, activation)
+                        one = ops.sparse_linear(x[5], pack, bias, activation)
+                        ten = ops.sparse_linear(x[:10], pack, bias, activation)
+                    expected = y if expected is None else expected
+                    assert same_bits(y, expected), (isa, format, count, activation)
+                    assert same_bits(one, expected[5]), (isa, format, count, activation)
+                    assert same_bits(ten, expected[:10]), (isa, format, count, activation)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("isa", isa_levels())
+def test_activations(isa: str, activation: str) -> None:
+    x = torch.linspace(-30, 30, 4001)[:, None]
+    with forced(isa, "sparse_matmul"):
+        for format in FORMATS:
+            got = ops.sparse_linear(x, ops.pack(torch.ones(1, 1), format), None, activation)
+            expected = reference.sparse_linear(x, torch.ones(1, 1), None, activation)
+            assert torch.allclose(got.double(), expected, rtol=2e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("isa", isa_levels())
+def test_nothing_is_read_outside(isa: str, format: str) -> None:
+    with forced(isa, "sparse_matmul"):
+        for m, n, k in SHAPES:
+            for zeros in (0.0, 0.8):
+                w, x, bias = sparse(n, k, zeros), torch.randn(m, k), torch.randn(n)
+                expected = ops.sparse_linear(x, ops.pack(w, format), bias)
+                for side in ("end", "begin"):
+                    arguments = [guarded(t, side) for t in (x, ops.pack(w, format), bias)]  # type: ignore[arg-type]
+                    assert same_bits(ops.sparse_linear(*arguments), expected), (m, n, k, side)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_shapes_and_strides(format: str) -> None:
+    w, bias = sparse(19, 23), torch.randn(38)[::2]
+    pack = ops.pack(w, format)
+    for shape in [(23,), (1, 23), (2, 3, 23), (0, 23), (2, 0, 3, 23)]:
+        x = torch.randn(shape)
+        got = ops.sparse_linear(x, pack, bias)
+        assert got.shape == (*shape[:-1], 19)
+        assert_close(got, x, w, bias)
+    for x in (
+        torch.randn(23, 5).t(),
+        strided(torch.randn(5, 23)),
+        torch.randn(1, 23).expand(5, 23),
+        torch.randn(5, 46)[:, ::2],
+    ):
+        assert_close(ops.sparse_linear(x, pack, bias), x, w, bias)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = torch.randn(5, 23).to(dtype)
+        assert same_bits(ops.sparse_linear(half, pack), ops.sparse_linear(half.float(), pack).to(dtype))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("isa", isa_levels())
+def test_nan_and_infinity_reach_what_meets_them(isa: str, format: str) -> None:
+    w = sparse(40, 150)
+    x = torch.randn(3, 150)
+    x[0, 3], x[1, 7], x[2, 149] = float("nan"), float("inf"), -float("inf")
+    with forced(isa, "sparse_matmul"):
+        y = ops.sparse_linear(x, ops.pack(w, format))
+    for row, k in ((0, 3), (1, 7), (2, 149)):
+        assert not torch.isfinite(y[row][w[:, k] != 0]).any()
+
+
+@given(data=st.data())
+def test_linear_on_whatever(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    m, n, k = data.draw(SIZES), data.draw(SIZES), data.draw(SIZES)
+    w = sparse(n, k, data.draw(st.sampled_from([0.0, 0.3, 0.5, 0.9, 0.99, 1.0])))
+    x = torch.randn(m, k)
+    if data.draw(st.booleans()):
+        x = strided(x)
+    bias = torch.randn(n) if data.draw(st.booleans()) else None
+    pack = ops.pack(w.t().contiguous().t() if data.draw(st.booleans()) else w, data.draw(st.sampled_from(FORMATS)))
+    with forced(data.draw(st.sampled_from(isa_levels())), "sparse_matmul"):
+        assert_close(ops.sparse_linear(x, pack, bias), x, w, bias)
+
+
+# --- Packs ------------------------------------------------------------------------------------------------------------
+
+HEADER = struct.Struct("<4sHHIIqqqQ16s")
+
+
+def pad(data: bytes, room: int = 0) -> bytes:
+    return data + b"\0" * (room + -(len(data) + room) % 64)
+
+
+def pack_restated(w: np.ndarray, format: str) -> bytes:
+    """formats/sparse.h again, in Python."""
+    n, k = w.shape
+    number, block = {"bitmap32": (2, 32), "sell16": (3, 16), "panels128": (4, 128)}[format]
+    offset, middle, value, index = [0], b"", b"", b""
+    if format == "bitmap32":
+        for b in range(0, n, 32):
+            for column in w[b : b + 32].T:
+                middle += struct.pack("<I", sum(1 << j for j, v in enumerate(column) if v != 0))
+                value += column[column != 0].astype("<f4").tobytes()
+            offset.append(len(value) // 4)
+        tail = pad(middle) + pad(value, 2048)
+    elif format == "sell16":
+        order = sorted(range(n), key=lambda r: -np.count_nonzero(w[r]))
+        steps = b""
+        for s in range(0, n, 16):
+            lanes = order[s : s + 16]
+            middle += struct.pack("<16I", *lanes, *[2**32 - 1] * (16 - len(lanes)))
+            columns = [np.flatnonzero(w[r]) for r in lanes]
+            for i in range(len(columns[0])):
+                values, ks = np.zeros(16, "<f4"), np.zeros(16, "<u2")
+                for lane, c in enumerate(columns):
+                    if i < len(c):
+                        values[lane], ks[lane] = w[lanes[lane], c[i]], c[i]
+                steps += values.tobytes() + ks.tobytes()
+            offset.append(len(steps) // 96)
+        tail = pad(middle) + pad(steps)
+    else:
+        for c in range(0, n, 256):
+            for b in range(0, k, 128):
+                part = np.zeros((256, 128), np.float32)
+                inside = w[c : c + 256, b : b + 128]
+                part[: inside.shape[0], : inside.shape[1]] = inside
+                count = np.count_nonzero(part, axis=1)
+                order = sorted(range(256), key=lambda r: -count[r])
+                middle += bytes(order) + bytes(int(count[r]) for r in order)
+                for r in order:
+                    index += bytes(np.flatnonzero(part[r]).astype(np.uint8))
+                    value += part[r][part[r] != 0].astype("<f4").tobytes()
+            offset.append(len(index))
+        tail = pad(middle) + pad(index, 512) + pad(value, 2048)
+    body = pad(struct.pack(f"<{len(offset)}Q", *offset)) + tail
+    nonzeros = int(np.count_nonzero(w))
+    return HEADER.pack(b"fspk", number, 1, 2, block, n, k, nonzeros, 64 + len(body), bytes(16)) + body
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_pack_is_as_documented_to_the_byte_and_back(format: str) -> None:
+    for n, k in [(1, 1), (3, 5), (16, 32), (33, 129), (257, 130), (0, 4), (4, 0)]:
+        for zeros in (0.0, 0.6, 1.0):
+            w = sparse(n, k, zeros)
+            pack = ops.pack(w, format)
+            assert pack.numpy().tobytes() == pack_restated(w.numpy(), format), (n, k, zeros)
+            assert same_bits(ops.unpack(pack), w + 0.0)
+            header = ops.describe(pack)
+            assert (header["format"], header["dtype"], header["n"], header["k"]) == (format, "float32", n, k)
+            assert (header["nonzeros"], header["bytes"]) == (int(w.count_nonzero()), pack.numel())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_pack_keeps_every_value(format: str) -> None:
+    w = torch.tensor([[float("nan"), -0.0, 1e-45, float("-inf")], [3.4e38, 0.0, -1e-45, 1.0]])
+    assert same_bits(ops.unpack(ops.pack(w, format)), torch.where(w == 0, torch.zeros(()), w))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_pack_from_csr(format: str) -> None:
+    w = sparse(37, 41)
+    assert torch.equal(ops.pack(w.to_sparse_csr(), format), ops.pack(w, format))
+
+
+def test_auto_chooses_by_rows_and_density() -> None:
+    for zeros, rows, format in [
+        (0.5, 1, "bitmap32"),
+        (0.95, 1, "sell16"),
+        (0.5, 64, "panels128"),
+        (0.95, None, "panels128"),
+    ]:
+        w = torch.ones(64, 100) * (torch.rand(64, 100) >= zeros)
+        assert ops.describe(ops.pack(w, rows=rows))["format"] == format
+
+
+def refused_or_harmless(pack: Tensor, n: int, k: int) -> None:
+    """Whatever the bytes are: a ValueError, or numbers; on guarded memory, so that an access outside is a crash."""
+    x = guarded(torch.randn(5, k))
+    weight = guarded(pack)
+    for isa in isa_levels():
+        with forced(isa, "sparse_matmul"), contextlib.suppress(ValueError):
+            ops.sparse_linear(x, weight)
+    with contextlib.suppress(ValueError):
+        ops.unpack(weight)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(data=st.data())
+def test_damaged_packs_never_read_outside(format: str, data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 100)))
+    n, k = data.draw(st.sampled_from([(3, 5), (40, 140), (300, 9)]))
+    pack = ops.pack(sparse(n, k), format).clone()
+    tables = min(pack.numel(), 2000)
+    for _ in range(data.draw(st.integers(1, 8))):
+        at = data.draw(st.integers(0, tables - 1) | st.integers(0, pack.numel() - 1))
+        pack[at] = data.draw(st.integers(0, 255) | st.just(255))
+    refused_or_harmless(pack, n, k)
+
+
+@pytest.mark.parametrize("fill", [255, 128, 127, 1])
+@pytest.mark.parametrize("format", FORMATS)
+def test_packs_of_garbage_never_read_outside(format: str, fill: int) -> None:
+    for n, k in ((3, 5), (40, 140), (300, 9)):
+        good = ops.pack(sparse(n, k), format)
+        whole = good.clone()
+        whole[64:] = fill
+        refused_or_harmless(whole, n, k)
+        if format == "sell16":  # the last offset is the number of steps: with it right, the rest is read
+            groups = -(-n // 16)
+            whole[64 + 8 * groups : 72 + 8 * groups] = good[64 + 8 * groups : 72 + 8 * groups]
+            refused_or_harmless(whole, n, k)
+        random = good.clone()
+        random[64:] = torch.randint(0, 256, (good.numel() - 64,), dtype=torch.uint8)
+        if format == "sell16":
+            random[64 + 8 * groups : 72 + 8 * groups] = good[64 + 8 * groups : 72 + 8 * groups]
+        refused_or_harmless(random, n, k)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_validate_sees_every_damaged_table(format: str) -> None:
+    w = sparse(18, 20)
+    good = ops.pack(w, format)
+    for at in range(good.numel()):
+        pack = good.clone()
+        pack[at] ^= 0x41
+        try:
+            got = ops.unpack(pack)
+        except ValueError:
+            continue
+        # What passes is another weight's pack, to the last byte.
+        assert torch.equal(ops.pack(got, format), pack)
+
+
+@given(st.binary(max_size=200), st.sampled_from([2, 3, 4]))
+def test_foreign_bytes_are_refused(data: bytes, number: int) -> None:
+    header = HEADER.pack(b"fspk", number, 1, 2, {2: 32, 3: 16, 4: 128}[number], 3, 5, 2, 64 + len(data), bytes(16))
+    pack = torch.frombuffer(bytearray(header + data), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="describe: pack"):
+        ops.describe(pack)
+    with pytest.raises(ValueError, match="sparse_linear: weight must be a sparse float32 pack"):
+        ops.sparse_linear(torch.randn(1, 5), pack)
+
+
+def test_truncated_and_overflowing_packs_are_refused() -> None:
+    for format in FORMATS:
+        pack = ops.pack(sparse(9, 11), format)
+        for bad in (pack[:-1], pack[:64], pack[:10], torch.cat([pack, pack[:64]])):
+            with pytest.raises(ValueError, match="sparse_linear: weight must be a sparse float32 pack"):
+                ops.sparse_linear(torch.randn(1, 11), bad.contiguous())
+            with pytest.raises(ValueError, match="describe"):
+                ops.describe(bad.contiguous())
+        fields = list(HEADER.unpack(bytes(pack[:64].tolist())))
+        for place, value in (
+            (5, 2**31 - 1),
+            (6, 2**31 - 1),
+            (5, -1),
+            (6, 2**40),
+            (7, 2**62),
+            (7, -1),
+            (8, 2**63),
+            (4, 7),
+            (3, 1),
+        ):
+            changed = fields.copy()
+            changed[place] = value
+            bad = pack.clone()
+            bad[:64] = torch.frombuffer(bytearray(HEADER.pack(*changed)), dtype=torch.uint8)
+            with pytest.raises(ValueError, match="sparse_linear"):
+                ops.sparse_linear(torch.randn(1, 11), bad)
+            with pytest.raises(ValueError, match="describe"):
+                ops.describe(bad)
+
+
+# --- The dispatcher ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_opcheck(with_bias: bool) -> None:
+    w, bias = sparse(19, 23), torch.randn(19) if with_bias else None
+    pack, x = ops.pack(w, "panels128"), torch.randn(5, 23)
+    opcheck(torch.ops.fastsparse.sparse_linear.default, (x, pack, 19, bias, 2))
+    bias = None if bias is None else bias.requires_grad_()
+    opcheck(torch.ops.fastsparse.sparse_linear_train.default, (x.requires_grad_(), pack, 19, bias))
+    opcheck(torch.ops.fastsparse.sparse_unpack.default, (pack, 19, 23))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_compile_and_gradients(activation: str | None, with_bias: bool) -> None:
+    w = sparse(19, 23)
+    pack = ops.pack(w, "bitmap32")
+
+    def layer(x: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.sparse_linear(x, pack, bias, activation, 19)
+
+    def run(f: Callable[[Tensor, Tensor | None], Tensor], dtype: torch.dtype) -> list[Tensor]:
+        x = torch.arange(4 * 23).reshape(4, 23).sin().to(dtype).requires_grad_()
+        bias = torch.arange(19).cos().to(dtype).requires_grad_() if with_bias else None
+        y = f(x, bias)
+        (y * torch.arange(19).to(dtype)).sum().backward()
+        return [t for t in (y.detach(), x.grad, None if bias is None else bias.grad) if t is not None]
+
+    eager = run(layer, torch.float32)
+    torch._dynamo.reset()
+    compiled = run(torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.float32)
+    assert all(same_bits(a, b) for a, b in zip(eager, compiled, strict=True))
+    oracle = run(lambda x, b: reference.sparse_linear(x, w, b, activation), torch.float64)
+    for got, wanted in zip(eager, oracle, strict=True):
+        assert torch.allclose(got.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    with torch.no_grad():
+        x = torch.randn(3, 23)
+        plain = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert same_bits(plain(x, None), layer(x, None))
+
+
+def test_gradients_flow_only_to_what_asks() -> None:
+    pack, x = ops.pack(sparse(19, 23), "sell16"), torch.randn(2, 3, 23)
+    bias = torch.randn(19, requires_grad=True)
+    ops.sparse_linear(x, pack, bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full((19,), 6.0))
+    x.requires_grad_()
+    assert ops.sparse_linear(x, pack).requires_grad
+    with torch.no_grad():
+        assert ops.sparse_linear(x, pack).grad_fn is None
+    half = torch.randn(2, 23, dtype=torch.bfloat16, requires_grad=True)
+    ops.sparse_linear(half, pack).sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_cuda_says_in_a_sentence_that_there_is_no_kernel() -> None:
+    with FakeTensorMode():
+        x, pack = torch.empty(2, 3, device="meta"), torch.empty(100, dtype=torch.uint8, device="meta")
+    kernels = ("sparse_linear", "sparse_linear_train")
+    assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastsparse::{name}", "CUDA") for name in kernels)
+    del x, pack
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+X, W = torch.randn(2, 23), sparse(19, 23)
+PACK = ops.pack(W, "panels128")
+BAD_INPUT: dict[str, tuple[Callable[[], Any], str]] = {
+    "K": (lambda: ops.sparse_linear(torch.randn(2, 22), PACK), r"x must have K=23 columns .* got x\[2, 22\]"),
+    "no dimension": (lambda: ops.sparse_linear(torch.tensor(1.0), PACK), r"at least one dimension, got x\[\]"),
+    "x dtype": (lambda: ops.sparse_linear(X.double(), PACK), "x must be float32, got float64"),
+    "a dense weight": (lambda: ops.sparse_linear(X, W), "weight must be uint8, got float32"),
+    "a matrix of bytes": (lambda: ops.sparse_linear(X, PACK[None]), r"must be a pack, .* got weight\[1, "),
+    "an int8 pack": (lambda: ops.sparse_linear(X, ops.pack(W.to(torch.int8))), "got format 1, expected 2"),
+    "bias length": (lambda: ops.sparse_linear(X, PACK, torch.randn(18)), r"bias must have shape \[19\], got bias"),
+    "bias dtype": (lambda: ops.sparse_linear(X, PACK, torch.randn(19).double()), "bias must be float32, got float64"),
+    "activation": (lambda: ops.sparse_linear(X, PACK, None, "tanh"), "activation must be None, 'relu'.*got 'tanh'"),
+    "activation type": (lambda: ops.sparse_linear(X, PACK, None, []), "activation must be None"),
+    "out_features": (lambda: ops.sparse_linear(X, PACK, out_features=18), "must be the pack's N=19, got 18"),
+    "pack format": (lambda: ops.pack(W, "vnni16"), "pack: format must be 'auto', 'bitmap32'.* got 'vnni16'"),
+    "pack rows": (lambda: ops.pack(W, rows=-1), "rows must be None or at least 0, got -1"),
+    "pack vector": (lambda: ops.pack(W[0], "sell16"), r"weight must be a matrix \[N, K\], got weight\[23\]"),
+    "pack layout": (lambda: ops.pack(W.to_sparse_csc()), "weight must be dense or torch.sparse_csr, got layout"),
+    "pack dtype": (lambda: ops.pack(W.double()), "weight must be int8, got float64"),
+    "sell16 K": (lambda: ops.pack(torch.zeros(1, 65537), "sell16"), "at most K=65536 columns for sell16"),
+    "unpack": (lambda: ops.unpack(PACK[:-1].contiguous()), "describe: pack must be a sparse float32 pack: got"),
+    "unpack n": (lambda: torch.ops.fastsparse.sparse_unpack(PACK, 18, 23), r"must be of \[N=18, K=23\], got \[N=19"),
+    "op format": (lambda: torch.ops.fastsparse.sparse_pack(W, 1), "format must be 2 .* got 1"),
+    "op activation": (lambda: torch.ops.fastsparse.sparse_linear(X, PACK, 19, None, 4), "must be 0 .* got 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case: str) -> None:
+    call, message = BAD_INPUT[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_other_devices_are_refused() -> None:
+    meta = torch.device("meta")
+    with pytest.raises(ValueError, match="weight must be on cpu"):
+        ops.sparse_linear(X, PACK.to(meta), out_features=19)
+    with pytest.raises(ValueError, match="bias must be on cpu"):
+        ops.sparse_linear(X, PACK, torch.empty(19, device=meta))
+    with pytest.raises(ValueError, match="out_features must be given"):
+        ops.sparse_linear(X.to(meta), PACK.to(meta))
