@@ -12,7 +12,7 @@ help:
 	@echo 'make demo       set up .venv, build, run the main job on real data'
 	@echo 'make test       set up .venv, build, run all tests'
 	@echo 'make test-asan  the tests of the kernels under address and undefined sanitizers'
-	@echo 'make native     the torch-free test of a family: every level of this CPU, bit for bit'
+	@echo 'make native     the torch-free tests of the kernels: every level of this CPU, bit for bit'
 	@echo 'make bench      measure a family against its peers: make bench FAMILY=int8_gemm'
 	@echo 'make check      every kernel that this machine can run against its oracle'
 	@echo 'make lint       ruff, mypy, clang-format, stable ABI, ISA objects, CUDA sources'
@@ -31,8 +31,10 @@ test-asan: $(VENV)/.built
 native:
 	tools/require.sh $(PYTHON)
 	mkdir -p build
-	tools/native_test.sh $(FAMILY) build/native-$(FAMILY)
-	build/native-$(FAMILY) 300
+	@for source in tests/native/*.cpp; do \
+	  family=$$(basename $$source .cpp); \
+	  tools/native_test.sh $$family build/native-$$family && build/native-$$family 200 || exit 1; \
+	done
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench --family $(FAMILY)
