@@ -26,12 +26,13 @@
 #include <stdint.h>
 
 #include "../runtime/activation.h"
+#include "../runtime/dtype.h"
 #include "../runtime/features.h"
 
 namespace fs::int8_gemm {
 
 using fs::Activation;  // runtime/activation.h
-enum class DType : int { f32, bf16, f16 };
+using fs::DType;
 
 inline constexpr int kPanelColumns = 16;      // columns of one packed weight panel
 inline constexpr int kStepK = 4;              // k of one step of a tile

@@ -25,21 +25,6 @@ namespace {
 constexpr const char* kLinear = "int8_linear";
 constexpr const char* kMm = "int8_mm";
 
-DType float_dtype(const char* op, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: fail(op, std::string("x must be float32, bfloat16 or float16, got ") + dtype_name(x.scalar_type()));
-  }
-}
-
-std::string text(float value) {
-  char buffer[32];
-  std::snprintf(buffer, sizeof buffer, "%g", static_cast<double>(value));
-  return buffer;
-}
-
 // All exponent bits set: an infinity or a NaN. As integers, so that the compiler makes vectors of it.
 bool all_finite(const float* p, int64_t n) {
   uint32_t worst = 0;
@@ -69,7 +54,7 @@ struct CheckedLinear {
 CheckedLinear check_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                            const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& x_scale,
                            const std::optional<Tensor>& x_zero_point) {
-  const DType dtype = float_dtype(kLinear, x);
+  const DType dtype = float_dtype(kLinear, "x", x);
   const int64_t dims = x.dim();
   if (dims < 1) fail(kLinear, "x must have at least one dimension, got x[]");
   check_same_device(kLinear, "weight_scale", weight_scale, x);

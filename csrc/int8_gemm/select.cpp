@@ -1,7 +1,8 @@
 #include "select.h"
 
 #include <algorithm>
-#include <stdexcept>
+
+#include "../runtime/table.h"
 
 #if defined(FASTSPARSE_WITH_CUDA)
 #include "cuda/sm80.h"
@@ -10,7 +11,7 @@
 namespace fs::int8_gemm {
 namespace {
 
-constexpr const Kernels* kTable[] = {
+constexpr const Kernels* kRows[] = {
 #if defined(__x86_64__)
     &kAvx512,  // Cascade Lake, Ice Lake, Sapphire Rapids, Zen 4
     &kAvx2,    // Haswell to Comet Lake, Alder Lake, Zen 1 to 3
@@ -18,46 +19,28 @@ constexpr const Kernels* kTable[] = {
     &kScalar,
 };
 
-const Kernels* spoiled_row = nullptr;  // spoil()
-Kernels spoiled_copy;
+Table<Kernels> kernels(kRows);
 
-void spoiled_tile(const TileArgs& t) {
-  spoiled_row->tile(t);
+void wrong_tile(const TileArgs& t) {
+  kernels.spoiled().tile(t);
   t.acc[0] += 1;
 }
 
 }  // namespace
 
-const Kernels& select() {
-  for (const Kernels* row : kTable)
-    if (isa::usable(row->level, row->features)) return row == spoiled_row ? spoiled_copy : *row;
-  return kScalar;
-}
+const Kernels& select() { return kernels.select(); }
+
+std::vector<const Kernels*> table() { return kernels.all(); }
 
 void spoil(const std::string& name) {
-  spoiled_row = nullptr;
-  if (name.empty()) return;
-  for (const Kernels* row : kTable) {
-    if (name != row->name) continue;
-    spoiled_copy = *row;
-    spoiled_copy.tile = &spoiled_tile;
-    spoiled_row = row;
-    return;
-  }
-  throw std::invalid_argument("spoil_kernel: int8_gemm has no kernel named " + name);
+  kernels.spoil("int8_gemm", name, [](Kernels& copy) { copy.tile = &wrong_tile; });
 }
 
-std::vector<const Kernels*> table() { return {std::begin(kTable), std::end(kTable)}; }
-
 std::vector<KernelInfo> kernel_infos() {
-  std::vector<KernelInfo> infos;
-  const std::string selected = select().name;
-  for (const Kernels* row : kTable) {
-    const std::string tile = std::to_string(row->max_rows) + "x" + std::to_string(row->many_columns) + ", " +
-                             std::to_string(row->few_rows) + "x" + std::to_string(row->few_columns);
-    infos.push_back({"", row->name, isa::level_name(row->level), tile, isa::usable(row->level, row->features),
-                     row->name == selected, true});
-  }
+  std::vector<KernelInfo> infos = kernels.infos([](const Kernels& row) {
+    return std::to_string(row.max_rows) + "x" + std::to_string(row.many_columns) + ", " + std::to_string(row.few_rows) +
+           "x" + std::to_string(row.few_columns);
+  });
 #if defined(FASTSPARSE_WITH_CUDA)
   infos.push_back({"", sm80::kName, "cuda", "64x64", true, true, sm80::kProven});
 #endif

@@ -23,11 +23,12 @@
 #pragma once
 #include <stdint.h>
 
+#include "../runtime/dtype.h"
 #include "../runtime/features.h"
 
 namespace fs::kl_loss {
 
-enum class DType : int { f32, bf16, f16 };
+using fs::DType;
 
 inline constexpr int kLanes = 16;
 inline constexpr int64_t kChunk = 1024;

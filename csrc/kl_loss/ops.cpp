@@ -20,22 +20,6 @@ constexpr const char* kDistill = "distill_loss";
 // The codes of the schema; python/fastsparse/ops/kl_loss.py has the names.
 enum Reduction : int64_t { kBatchMean = 0, kSum = 1, kMean = 2, kNone = 3 };
 
-std::string text(double value) {
-  char buffer[32];
-  std::snprintf(buffer, sizeof buffer, "%g", value);
-  return buffer;
-}
-
-DType logits_dtype(const char* op, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default:
-      fail(op, std::string("student_logits must be float32, bfloat16 or float16, got ") + dtype_name(t.scalar_type()));
-  }
-}
-
 // Logits [..., C] as rows; `held` keeps a copy alive where the tensor itself can't be read row by row.
 struct Logits {
   Tensor held;
@@ -55,7 +39,7 @@ struct Checked {
 };
 
 Checked check_logits(const char* op, const Tensor& student, const Tensor& teacher, double temperature) {
-  const DType dtype = logits_dtype(op, student);
+  const DType dtype = float_dtype(op, "student_logits", student);
   check_same_device(op, "teacher_logits", teacher, student);
   check_dtype(op, "teacher_logits", teacher, student.scalar_type());
   const int64_t dims = student.dim();

@@ -1,12 +1,13 @@
 #include "select.h"
 
 #include <algorithm>
-#include <stdexcept>
+
+#include "../runtime/table.h"
 
 namespace fs::kl_loss {
 namespace {
 
-constexpr const Kernels* kTable[] = {
+constexpr const Kernels* kRows[] = {
 #if defined(__x86_64__)
     &kAvx512,  // Skylake-X on, Zen 4
     &kAvx2,    // Haswell to Comet Lake, Alder Lake, Zen 1 to 3
@@ -14,44 +15,25 @@ constexpr const Kernels* kTable[] = {
     &kScalar,
 };
 
-const Kernels* spoiled_row = nullptr;  // spoil()
-Kernels spoiled_copy;
+Table<Kernels> kernels(kRows);
 
-void spoiled_rows(const RowsArgs& a) {
-  spoiled_row->rows(a);
+void wrong_rows(const RowsArgs& a) {
+  kernels.spoiled().rows(a);
   if (a.rows > 0) a.kl[0] += 1;
 }
 
 }  // namespace
 
-const Kernels& select() {
-  for (const Kernels* row : kTable)
-    if (isa::usable(row->level, row->features)) return row == spoiled_row ? spoiled_copy : *row;
-  return kScalar;
-}
+const Kernels& select() { return kernels.select(); }
+
+std::vector<const Kernels*> table() { return kernels.all(); }
 
 void spoil(const std::string& name) {
-  spoiled_row = nullptr;
-  if (name.empty()) return;
-  for (const Kernels* row : kTable) {
-    if (name != row->name) continue;
-    spoiled_copy = *row;
-    spoiled_copy.rows = &spoiled_rows;
-    spoiled_row = row;
-    return;
-  }
-  throw std::invalid_argument("spoil_kernel: kl_loss has no kernel named " + name);
+  kernels.spoil("kl_loss", name, [](Kernels& copy) { copy.rows = &wrong_rows; });
 }
 
-std::vector<const Kernels*> table() { return {std::begin(kTable), std::end(kTable)}; }
-
 std::vector<KernelInfo> kernel_infos() {
-  std::vector<KernelInfo> infos;
-  const std::string selected = select().name;
-  for (const Kernels* row : kTable)
-    infos.push_back({"", row->name, isa::level_name(row->level), "1x" + std::to_string(row->width),
-                     isa::usable(row->level, row->features), row->name == selected, true});
-  return infos;
+  return kernels.infos([](const Kernels& row) { return "1x" + std::to_string(row.width); });
 }
 
 bool stream(int64_t grad_bytes) { return grad_bytes > 4 * isa::l2_bytes(); }

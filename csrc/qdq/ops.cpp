@@ -25,15 +25,6 @@ constexpr const char* kFakeGrad = "fake_quantize_backward";
 using MaybeTensor = std::optional<Tensor>;
 using Axis = std::optional<int64_t>;
 
-DType float_dtype(const char* op, const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: fail(op, std::string(name) + " must be float32, bfloat16 or float16, got " + dtype_name(x.scalar_type()));
-  }
-}
-
 // An uninitialised contiguous tensor of x's shape.
 Tensor empty_like(const Tensor& x, ScalarType dtype) {
   int64_t sizes[64];  // torch allows no more dimensions

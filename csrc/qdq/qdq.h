@@ -23,11 +23,12 @@
 #pragma once
 #include <stdint.h>
 
+#include "../runtime/dtype.h"
 #include "../runtime/features.h"
 
 namespace fs::qdq {
 
-enum class DType : int { f32, bf16, f16 };
+using fs::DType;
 
 // Rows of x to rows of codes, each with its scale.
 struct TokenArgs {

@@ -1,13 +1,12 @@
 #include "select.h"
 
-#include <stdexcept>
-
 #include "../runtime/parallel.h"
+#include "../runtime/table.h"
 
 namespace fs::qdq {
 namespace {
 
-constexpr const Kernels* kTable[] = {
+constexpr const Kernels* kRows[] = {
 #if defined(__x86_64__)
     &kAvx512,  // Skylake-X and later, Zen 4
     &kAvx2,    // Haswell to Comet Lake, Alder Lake, Zen 1 to 3
@@ -15,44 +14,25 @@ constexpr const Kernels* kTable[] = {
     &kScalar,
 };
 
-const Kernels* spoiled_row = nullptr;  // spoil()
-Kernels spoiled_copy;
+Table<Kernels> kernels(kRows);
 
-void spoiled_quantize(const MapArgs& a) {
-  spoiled_row->quantize(a);
+void wrong_quantize(const MapArgs& a) {
+  kernels.spoiled().quantize(a);
   if (a.rows > 0 && a.length > 0) *static_cast<int8_t*>(a.out) ^= 1;
 }
 
 }  // namespace
 
-const Kernels& select() {
-  for (const Kernels* row : kTable)
-    if (isa::usable(row->level, row->features)) return row == spoiled_row ? spoiled_copy : *row;
-  return kScalar;
-}
+const Kernels& select() { return kernels.select(); }
+
+std::vector<const Kernels*> table() { return kernels.all(); }
 
 void spoil(const std::string& name) {
-  spoiled_row = nullptr;
-  if (name.empty()) return;
-  for (const Kernels* row : kTable) {
-    if (name != row->name) continue;
-    spoiled_copy = *row;
-    spoiled_copy.quantize = &spoiled_quantize;
-    spoiled_row = row;
-    return;
-  }
-  throw std::invalid_argument("spoil_kernel: qdq has no kernel named " + name);
+  kernels.spoil("qdq", name, [](Kernels& copy) { copy.quantize = &wrong_quantize; });
 }
 
-std::vector<const Kernels*> table() { return {std::begin(kTable), std::end(kTable)}; }
-
 std::vector<KernelInfo> kernel_infos() {
-  std::vector<KernelInfo> infos;
-  const std::string selected = select().name;
-  for (const Kernels* row : kTable)
-    infos.push_back({"", row->name, isa::level_name(row->level), "1x" + std::to_string(row->group),
-                     isa::usable(row->level, row->features), row->name == selected, true});
-  return infos;
+  return kernels.infos([](const Kernels& row) { return "1x" + std::to_string(row.group); });
 }
 
 bool stream(int64_t output_bytes) { return output_bytes >= (int64_t{4} << 20); }

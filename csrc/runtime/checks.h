@@ -5,8 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+
+#include "dtype.h"
 
 namespace fs {
 
@@ -38,6 +41,22 @@ inline std::string shape_of(const char* name, const Tensor& t) {
 
 [[noreturn]] inline void fail(const char* op, const std::string& what) {
   throw std::invalid_argument(std::string(op) + ": " + what);
+}
+
+inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: fail(op, std::string(name) + " must be float32, bfloat16 or float16, got " + dtype_name(t.scalar_type()));
+  }
+}
+
+// A number for a message.
+inline std::string text(double value) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%g", value);
+  return buffer;
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType wanted) {

@@ -15,41 +15,11 @@
 #include "../../csrc/int8_gemm/formats/vnni16.h"
 #include "../../csrc/int8_gemm/int8_gemm.h"
 #include "../../csrc/int8_gemm/select.h"
-#include "../../csrc/runtime/parallel.h"
-
-namespace fs {  // the torch-free stand-in of runtime/parallel.cpp: two "threads", one after the other
-int num_threads() { return 2; }
-void parallel_for_raw(int64_t count, RangeFn fn, void* context) {
-  fn(0, count / 2, context);
-  fn(count / 2, count, context);
-}
-}  // namespace fs
+#include "support.h"
 
 namespace {
 
 using namespace fs::int8_gemm;
-std::mt19937 generator;
-
-int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-int64_t pick(std::initializer_list<int64_t> values) {
-  return values.begin()[uniform(0, static_cast<int64_t>(values.size()) - 1)];
-}
-
-constexpr size_t kMargin = 256;
-
-// `bytes` of memory between margins of one byte value.
-struct Guarded {
-  std::vector<uint8_t> all;
-  size_t bytes;
-  uint8_t fill;
-  Guarded(size_t bytes, uint8_t fill) : all(bytes + 2 * kMargin, fill), bytes(bytes), fill(fill) {}
-  uint8_t* data() { return all.data() + kMargin; }
-  bool margins_intact() const {
-    for (size_t i = 0; i < kMargin; ++i)
-      if (all[i] != fill || all[kMargin + bytes + i] != fill) return false;
-    return true;
-  }
-};
 
 float random_x(int kind) {
   const float normal = std::normal_distribution<float>()(generator);
@@ -77,12 +47,6 @@ void fill_x(uint8_t* x, DType dtype, int64_t count, int kind) {
             : static_cast<uint16_t>(kind == 3 ? uniform(0, 65535) : uniform(0, 1) * 0x8000 + uniform(0, 0x43ff));
     std::memcpy(x + 2 * i, &half, 2);
   }
-}
-
-int failures = 0;
-void fail(const Kernels& row, const std::string& what) {
-  std::printf("FAILED %s: %s\n", row.name, what.c_str());
-  ++failures;
 }
 
 std::string shape(int64_t m, int64_t n, int64_t k) {

@@ -14,47 +14,11 @@
 
 #include "../../csrc/kl_loss/kl_loss.h"
 #include "../../csrc/kl_loss/select.h"
-#include "../../csrc/runtime/parallel.h"
-
-namespace fs {  // the torch-free stand-in of runtime/parallel.cpp: two "threads", one after the other
-int num_threads() { return 2; }
-void parallel_for_raw(int64_t count, RangeFn fn, void* context) {
-  fn(0, count / 2, context);
-  fn(count / 2, count, context);
-}
-}  // namespace fs
+#include "support.h"
 
 namespace {
 
 using namespace fs::kl_loss;
-std::mt19937 generator;
-
-int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-int64_t pick(std::initializer_list<int64_t> values) {
-  return values.begin()[uniform(0, static_cast<int64_t>(values.size()) - 1)];
-}
-
-constexpr size_t kMargin = 256;
-
-// `bytes` of memory between margins of one byte value.
-struct Guarded {
-  std::vector<uint8_t> all;
-  size_t bytes;
-  uint8_t fill;
-  Guarded(size_t bytes, uint8_t fill) : all(bytes + 2 * kMargin, fill), bytes(bytes), fill(fill) {}
-  uint8_t* data() { return all.data() + kMargin; }
-  bool margins_intact() const {
-    for (size_t i = 0; i < kMargin; ++i)
-      if (all[i] != fill || all[kMargin + bytes + i] != fill) return false;
-    return true;
-  }
-};
-
-int failures = 0;
-void fail(const Kernels& row, const std::string& what) {
-  std::printf("FAILED %s: %s\n", row.name, what.c_str());
-  ++failures;
-}
 
 void put(uint8_t* p, DType dtype, int64_t i, float value) {
   if (dtype == DType::f32) {

@@ -15,45 +15,11 @@
 
 #include "../../csrc/qdq/qdq.h"
 #include "../../csrc/qdq/select.h"
-#include "../../csrc/runtime/parallel.h"
-
-namespace fs {  // the torch-free stand-in of runtime/parallel.cpp: two "threads", one after the other
-int num_threads() { return 2; }
-void parallel_for_raw(int64_t count, RangeFn fn, void* context) {
-  fn(0, count / 2, context);
-  fn(count / 2, count, context);
-}
-}  // namespace fs
+#include "support.h"
 
 namespace {
 
 using namespace fs::qdq;
-std::mt19937 generator;
-
-int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-int64_t pick(std::initializer_list<int64_t> values) {
-  return values.begin()[uniform(0, static_cast<int64_t>(values.size()) - 1)];
-}
-
-constexpr size_t kMargin = 256;
-
-// `bytes` of memory, aligned to 64 or off by `shift`, between margins of one byte value.
-struct Guarded {
-  std::vector<uint8_t> all;
-  size_t bytes, begin;
-  uint8_t fill;
-  Guarded(int64_t size, uint8_t fill, int64_t shift = 0)
-      : all(static_cast<size_t>(size) + 2 * kMargin + 128, fill), bytes(static_cast<size_t>(size)), fill(fill) {
-    const size_t address = reinterpret_cast<uintptr_t>(all.data()) + kMargin;
-    begin = kMargin + (64 - address % 64) % 64 + static_cast<size_t>(shift);
-  }
-  uint8_t* data() { return all.data() + begin; }
-  bool margins_intact() const {
-    for (size_t i = 0; i < all.size(); ++i)
-      if ((i < begin || i >= begin + bytes) && all[i] != fill) return false;
-    return true;
-  }
-};
 
 float random_x(int kind) {
   const float normal = std::normal_distribution<float>()(generator) * 2;
@@ -94,12 +60,6 @@ void unify_nans(std::vector<uint8_t>& values, DType dtype) {
                                             : (bits & 0x7fff) > 0x7c00;
     if (nan) std::memset(&values[i], 0xff, size);
   }
-}
-
-int failures = 0;
-void fail(const Kernels& row, const std::string& what) {
-  std::printf("FAILED %s: %s\n", row.name, what.c_str());
-  ++failures;
 }
 
 // An output of one row, checked against the first row's; `dtype` where it holds floats.

@@ -12,53 +12,27 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/runtime/parallel.h"
 #include "../../csrc/sparse_matmul/formats/sparse.h"
 #include "../../csrc/sparse_matmul/select.h"
 #include "../../csrc/sparse_matmul/sparse_matmul.h"
-
-namespace fs {  // the torch-free stand-in of runtime/parallel.cpp: two "threads", one after the other
-int num_threads() { return 2; }
-void parallel_for_raw(int64_t count, RangeFn fn, void* context) {
-  fn(0, count / 2, context);
-  fn(count / 2, count, context);
-}
-}  // namespace fs
+#include "support.h"
 
 namespace {
 
 using namespace fs::sparse_matmul;
-std::mt19937 generator;
-
-int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-int64_t pick(std::initializer_list<int64_t> values) {
-  return values.begin()[uniform(0, static_cast<int64_t>(values.size()) - 1)];
-}
 float normal() { return std::normal_distribution<float>()(generator); }
 
-constexpr size_t kMargin = 64;
-
 // `count` floats between margins of NaN.
-struct Guarded {
-  std::vector<float> all;
-  size_t count;
-  explicit Guarded(int64_t n)
-      : all(static_cast<size_t>(n) + 2 * kMargin, std::nanf("")), count(static_cast<size_t>(n)) {}
-  float* data() { return all.data() + kMargin; }
-  bool margins_intact() const {
-    for (size_t i = 0; i < kMargin; ++i)
-      if (!std::isnan(all[i]) || !std::isnan(all[kMargin + count + i])) return false;
-    return true;
-  }
+struct Floats : Guarded {
+  explicit Floats(int64_t count) : Guarded(static_cast<size_t>(count) * sizeof(float), 0xff) {}
+  float* data() { return reinterpret_cast<float*>(Guarded::data()); }
 };
-
-int failures = 0;
 
 void check(const std::vector<const Kernels*>& rows) {
   const int64_t m = pick({1, 2, 3, 4, 5, 8, 9, 17, 33, 65}), n = pick({1, 15, 16, 31, 33, 64, 100, 257, 300});
   const int64_t k = pick({0, 1, 3, 8, 63, 127, 128, 130, 300}), stride = k + pick({0, 3});
   const int64_t percent = pick({0, 50, 90, 100});
-  Guarded x(m * stride), bias(n);
+  Floats x(m * stride), bias(n);
   std::vector<float> weight(static_cast<size_t>(n * k));
   for (int64_t r = 0; r < m; ++r)
     for (int64_t i = 0; i < k; ++i) x.data()[r * stride + i] = normal();
@@ -95,7 +69,7 @@ void check(const std::vector<const Kernels*>& rows) {
       continue;
     }
     for (const Kernels* row : rows) {
-      Guarded y(m * n);
+      Floats y(m * n);
       args.x = x.data();
       args.x_stride = stride;
       args.m = m;
