@@ -307,6 +307,48 @@ def _sparse(m: int, zeros: int) -> Callable[[Context], list[Part]]:
     return ratio_to
 
 
+# ---- kl_loss ----
+
+KL_SHAPES = ((1024, 1000), (4096, 1000), (32, 32000), (128, 32000))  # (M, C)
+KL_CASES = ("kl_div both ways", "distill_loss both ways")
+
+
+def _kl_parts(context: Context, value: Callable[[Row], float | None], why: str = "") -> list[Part]:
+    return [
+        _part(f"{case.split()[0]} M={m} C={c}", context.ours(case, m=m, c=c), value, why)
+        for case in KL_CASES
+        for m, c in KL_SHAPES
+    ]
+
+
+def kl_compiled(context: Context) -> list[Part]:
+    def ratio(r: Row) -> float | None:
+        compiled = best(context.rows, r, "fused")  # with log_target or without
+        return compiled.median / r.median if compiled is not None else None
+
+    return _kl_parts(context, ratio, "torch.compile has no right result")
+
+
+def kl_compiled_note(context: Context) -> str:
+    """What stands beside a missed ratio: the bytes that must move against the copy ceiling."""
+    copy = max((context.ceilings.get(key, 0.0) for key in ("copy_plain", "copy_streaming")), default=0.0)
+    if not copy:
+        return ""
+    shares = [p for p in _kl_parts(context, lambda r: r.value) if p.value is not None]
+    return "of the copy ceiling: " + ", ".join(f"{p.where} {(p.value or 0) / copy:.2f}" for p in shares)
+
+
+def kl_accuracy(context: Context) -> list[Part]:
+    """A result that failed its check has an error too, and misses the bar with it."""
+    parts = []
+    for case in KL_CASES:
+        for m, c in KL_SHAPES:
+            row = context.ours(case, m=m, c=c)
+            error = float(row.check["error"]) if row is not None and row.check else None
+            parts.append(Part(f"{case.split()[0]} M={m} C={c}", error, "" if error is not None else _missing(row)))
+    return parts
+
+
 BARS: tuple[Bar, ...] = (
     *(
         Bar(
@@ -369,5 +411,21 @@ BARS: tuple[Bar, ...] = (
         qdq_token,
         at_least=3.0,
         condition=one_thread,
+    ),
+    Bar(
+        "kl-compiled",
+        "kl_loss",
+        "kl_div and distill_loss, forward and backward, one thread: ratio to the faster torch.compile, every shape",
+        kl_compiled,
+        at_least=5.0,
+        condition=one_thread,
+        note=kl_compiled_note,
+    ),
+    Bar(
+        "kl-accuracy",
+        "kl_loss",
+        "kl_div and distill_loss: error of the loss relative to float64",
+        kl_accuracy,
+        at_most=2e-6,
     ),
 )
