@@ -19,6 +19,9 @@ SCHEMA = 1
 CALL_SHARE = 0.1
 
 
+PANELS_ACROSS = 4  # of the plot
+
+
 @dataclass
 class Result:
     """One run."""
@@ -282,9 +285,18 @@ def draw(result: Result, cases: Mapping[str, Case], path: Path) -> bool:
     names = list(dict.fromkeys(row.name for _, _, rows in columns for row in rows))
     palette = pyplot.get_cmap("tab10")
     colours = {name: palette(i % 10) for i, name in enumerate(names)}
-    figure, axes = pyplot.subplots(2, len(columns), figsize=(4 * len(columns), 7), squeeze=False)
+    across = min(len(columns), PANELS_ACROSS)
+    bands = -(-len(columns) // across)
+    figure, axes = pyplot.subplots(2 * bands, across, figsize=(4 * across, 7 * bands), squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)
     for i, (title, over, rows) in enumerate(columns):
-        ratio, fraction = axes[0][i], axes[1][i]
+        ratio, fraction = axes[2 * (i // across)][i % across], axes[2 * (i // across) + 1][i % across]
+        ratio.set_visible(True)
+        fraction.set_visible(True)
+        if i % across == 0:
+            ratio.set_ylabel("peer's time / fastsparse's")
+            fraction.set_ylabel("fraction of the nearer ceiling")
         for name in names:
             own = sorted((row for row in rows if row.name == name), key=lambda row: row.shape[over])
             pairs = [(row.shape[over], ours.ratios[name]) for row in own
@@ -307,13 +319,11 @@ def draw(result: Result, cases: Mapping[str, Case], path: Path) -> bool:
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.set_xlabel(over.upper())
             axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("peer's time / fastsparse's")
-    axes[1][0].set_ylabel("fraction of the nearer ceiling")
     handles = [lines.Line2D([], [], marker="o", color=colours[name], label=name) for name in names]
     figure.legend(handles=handles, loc="lower center", ncols=len(names), frameon=False)
     figure.suptitle(f"{result.family}, {result.machine['cpu']}, {result.machine['isa']}, "
                     f"{result.options['threads']} thread(s), {result.machine['date']}")  # fmt: skip
-    figure.tight_layout(rect=(0, 0.05, 1, 0.98))
+    figure.tight_layout(rect=(0, 0.05 / bands, 1, 0.98))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
