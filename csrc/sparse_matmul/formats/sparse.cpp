@@ -340,6 +340,7 @@ std::string validate(const uint8_t* bytes, int64_t size) {
 }
 
 void unpack(const Pack& p, float* weight) {
+  if (p.n == 0 || p.k == 0) return;  // an empty tensor has no memory
   std::memset(weight, 0, static_cast<size_t>(p.n * p.k) * 4);
   if (p.format == kBitmap32) {
     const float* value = p.value;
