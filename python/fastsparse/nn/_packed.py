@@ -25,7 +25,7 @@ class PackedLinear(nn.Module):
 
     def state_problems(self, state: dict[str, Any], prefix: str = "") -> list[str]:
         """What keeps the tensors of `state` under `prefix` from being this layer's; absent ones are not its matter."""
-        raise NotImplementedError
+        raise NotImplementedError  # only a subclass knows its format
 
     def make_room(self, weight: Tensor) -> None:
         """Called before a valid `weight` is loaded, for formats whose length depends on what they hold."""

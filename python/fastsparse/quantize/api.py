@@ -211,8 +211,10 @@ def _build(layer: _Layer) -> None:
     try:
         with torch.no_grad():
             replacement(torch.zeros(1, linear.in_features, dtype=linear.weight.dtype, device=device))
-    except NotImplementedError:
-        layer.reason = f"this build has no int8 kernel for {device.type}"
+    except RuntimeError as error:  # NotImplementedError is one too; on the CPU there is always a kernel
+        if device.type == "cpu":
+            raise
+        layer.reason = f"no int8 kernel runs on {device.type}: {error}"
     else:
         layer.replacement = replacement
 
