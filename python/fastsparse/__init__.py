@@ -14,17 +14,20 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-_MODULES = ("io", "nn", "ops", "quantize", "reference", "report", "select")
+_MODULES = ("convert", "distill", "io", "nn", "ops", "prune", "quantize", "reference", "report", "select")
 _FUNCTIONS = {"info": "_info", "check": "_check", "save": "io", "load": "io"}
 
 __all__ = [
     "__version__",
     "check",
+    "convert",
+    "distill",
     "info",
     "io",
     "load",
     "nn",
     "ops",
+    "prune",
     "quantize",
     "reference",
     "report",

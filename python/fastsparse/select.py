@@ -79,20 +79,21 @@ class Choice:
     why: str
 
 
-def decide(layer: str, seconds: Mapping[str, float], margin: float = 1.05) -> Choice:
-    """Chooses for one layer. The dense layer stays unless another candidate is faster by `margin`.
+def decide(layer: str, seconds: Mapping[str, float], margin: float | Mapping[str, float] = 1.05) -> Choice:
+    """Chooses for one layer. The dense layer stays unless the fastest other candidate is faster by `margin`.
 
     Args:
         layer: the layer's name.
         seconds: per implementation; "dense" must be among them.
-        margin: how many times faster another candidate must be; at least 1.
+        margin: how many times faster another candidate must be; at least 1. One for all, or per implementation.
 
     Raises:
         ValueError: no figure for the dense layer, a figure that is not a positive number, or a margin below 1.
     """
     if DENSE not in seconds:
         raise ValueError(f"decide: {layer}: the dense layer must be among the candidates, got {sorted(seconds)}")
-    if not margin >= 1:
+    margins = [margin] if isinstance(margin, (int, float)) else list(margin.values())
+    if not all(value >= 1 for value in margins):
         raise ValueError(f"decide: margin must be at least 1, got {margin}")
     for name, value in seconds.items():
         if not 0 < value < float("inf"):
@@ -102,14 +103,17 @@ def decide(layer: str, seconds: Mapping[str, float], margin: float = 1.05) -> Ch
         return Choice(layer, dict(seconds), DENSE, 1.0, "kept dense: nothing else to choose from")
     fastest = min(others, key=lambda name: others[name])
     speedup = seconds[DENSE] / others[fastest]
-    if speedup >= margin:
+    asked = margin if isinstance(margin, (int, float)) else margin[fastest]
+    if speedup >= asked:
         return Choice(layer, dict(seconds), fastest, speedup, f"{fastest} is {_times(speedup)} as fast")
     # Two digits are few: a figure just under the margin must not read like one that reaches it.
-    close = f", and {margin:g}x is asked for" if speedup >= 1 else ""
+    close = f", and {asked:g}x is asked for" if speedup >= 1 else ""
     return Choice(layer, dict(seconds), DENSE, speedup, f"kept dense: {_times(speedup)}{close}")
 
 
-def choose(candidates: Sequence[Candidate], margin: float = 1.05, measure: Measure | None = None) -> dict[str, Choice]:
+def choose(
+    candidates: Sequence[Candidate], margin: float | Mapping[str, float] = 1.05, measure: Measure | None = None
+) -> dict[str, Choice]:
     """Times the candidates of any number of layers and chooses for each.
 
     Args:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from fastsparse.nn import Int8Linear
-from fastsparse.quantize import Int8Dynamic, api, quantize_
+from fastsparse.quantize import Int8Dynamic, quantize_
 from fastsparse.select import Candidate
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
@@ -407,7 +407,7 @@ def test_a_packer_that_fails_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
             raise MemoryError("no room")
         return original(linear, activation)
 
-    monkeypatch.setattr(api.Int8Linear, "from_linear", from_linear)
+    monkeypatch.setattr(Int8Linear, "from_linear", from_linear)
     model = mlp()
     untouched = Untouched(model)
     with pytest.raises(MemoryError, match="no room"):

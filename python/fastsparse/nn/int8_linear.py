@@ -15,10 +15,17 @@ _MAX_N = 2**31 - 1
 _TINY = torch.finfo(torch.float32).tiny
 
 
+def weight_scale(weight: Tensor) -> Tensor:
+    """float32 [N] for a weight [N, K >= 1]: max(absmax / 127, FLT_MIN) of each row in float32, 1 for a row of zeros."""
+    absmax = weight.detach().float().abs().amax(1)
+    scale = (absmax / 127.0).clamp_min(_TINY)
+    return torch.where(absmax == 0, torch.ones_like(scale), scale)
+
+
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Per output channel (row), symmetric: weight ~ codes * scale[:, None].
 
-    The arithmetic is float32: scale = max(absmax / 127, FLT_MIN), 1 for a row of zeros (and for K = 0);
+    The arithmetic is float32: scale as `weight_scale` (1 for K = 0);
     codes = round(weight * (1 / scale)), half to even, so that zeros stay zeros and -128 never occurs.
 
     Args:
@@ -33,12 +40,10 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.detach().float()
     if weight.shape[1] == 0:
         return weight.to(torch.int8), weight.new_ones(weight.shape[0])
-    absmax = weight.abs().amax(1)
-    broken = int((~torch.isfinite(absmax)).sum())
+    scale = weight_scale(weight)
+    broken = int((~torch.isfinite(scale)).sum())
     if broken:
         raise ValueError(f"quantize_weight: weight must be finite, got a NaN or an infinity in {broken} of its rows")
-    scale = (absmax / 127.0).clamp_min(_TINY)
-    scale = torch.where(absmax == 0, torch.ones_like(scale), scale)
     return (weight * (1.0 / scale)[:, None]).round_().to(torch.int8), scale
 
 

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from fastsparse.convert import Conversion
+from fastsparse.nn import Int8Linear
+from fastsparse.nn.int8_linear import MAX_K
 
 
 @dataclass(frozen=True)
-class Int8Dynamic:
-    """W8A8: int8 weights with one scale per output, activations quantized per token as they come.
+class Int8Dynamic(Conversion):
+    """W8A8: int8 weights with one scale per output, activations quantized per token as they come (`nn.Int8Linear`).
 
-    Attributes:
-        margin: how many times faster than the dense layer the int8 layer must be to replace it; at least 1.
-        min_weights: layers with fewer weights are not considered.
-        skip: names of layers that stay dense, as in `named_modules()`; `*` and `?` match as in file names.
-        measure: False converts every layer that can be converted, faster or not; then no data is needed.
+    The attributes are those of `convert.Conversion`.
     """
 
-    margin: float = 1.05
-    min_weights: int = 0
-    skip: tuple[str, ...] = ()
-    measure: bool = True
+    name: ClassVar[str] = "int8"
+    title: ClassVar[str] = "int8, dynamic per token"
 
-    def __post_init__(self) -> None:
-        if not self.margin >= 1:
-            raise ValueError(f"Int8Dynamic: margin must be at least 1, got {self.margin}")
-        if self.min_weights < 0:
-            raise ValueError(f"Int8Dynamic: min_weights must be at least 0, got {self.min_weights}")
-        if isinstance(self.skip, str):
-            raise ValueError(f"Int8Dynamic: skip must be a tuple of names, got the string {self.skip!r}")
+    def why_not(self, linear: nn.Linear) -> str | None:
+        if linear.in_features > MAX_K:
+            return f"K={linear.in_features} is more than the {MAX_K} that are exact in int32"
+        return None
+
+    def build(self, linear: nn.Linear, rows: int | None) -> nn.Module:
+        return Int8Linear.from_linear(linear)
