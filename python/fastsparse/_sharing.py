@@ -14,7 +14,8 @@ def identities(module: nn.Module) -> Iterator[object]:
     """What makes the module's own parameters recognisable in another: the object, or memory that begins alike."""
     for parameter in module._parameters.values():
         if parameter is not None:
-            started = 0 if parameter.is_meta or parameter.numel() == 0 else parameter.data_ptr()
+            nowhere = nn.parameter.is_lazy(parameter) or parameter.is_meta or parameter.numel() == 0
+            started = 0 if nowhere else parameter.data_ptr()
             yield (parameter.device, started) if started else id(parameter)
 
 

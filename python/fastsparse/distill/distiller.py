@@ -22,15 +22,15 @@ class DistillOutput(NamedTuple):
 class Distiller:
     """The loss of a student that learns from a teacher (Hinton et al., 2015, "Distilling the Knowledge").
 
-    loss = alpha * T^2 * KL(teacher || student at temperature T) + (1 - alpha) * cross_entropy(student, target), computed
-    with its gradient in one pass (`ops.distill_loss`).
+    loss = alpha * T^2 * KL(teacher || student at temperature T) + (1 - alpha) * cross_entropy(student, target),
+    computed with its gradient in one pass (`ops.distill_loss`).
 
         distiller = Distiller(teacher, student, temperature=4.0, alpha=0.9)
         optimizer = torch.optim.AdamW(student.parameters())
         distiller(images, labels).loss.backward()
 
-    The teacher runs in evaluation mode under no_grad; its parameters, flags and training modes are left as they are. The
-    student runs as it is.
+    The teacher runs in evaluation mode under no_grad; its parameters, flags and training modes are left as they are.
+    The student runs as it is.
 
     Attributes:
         teacher, student, temperature, alpha, ignore_index: as given.
@@ -96,7 +96,7 @@ class Distiller:
         if target is None:
             # Each row counts, as in distill_loss: a mean over rows, not over the first dimension.
             flat = [value.reshape(-1, value.shape[-1]) for value in (logits, taught)]
-            loss = ops.kl_div(*flat, temperature=self.temperature)
+            loss = ops.kl_div(flat[0], flat[1], self.temperature)
             return DistillOutput(loss, loss.detach(), None, logits)
         loss, kl, cross_entropy = ops.distill_loss(
             logits, taught, target, self.temperature, self.alpha, self.ignore_index, return_parts=True

@@ -1,7 +1,7 @@
 """What a weight is seen through while a network is pruned or trained for int8: masks and fake quantization.
 
-Both are parametrizations of torch.nn.utils.parametrize, computed at every use of the weight. A value that was set to zero
-once would not last: momentum moves it again in the next step, whatever its gradient.
+Both are parametrizations of torch.nn.utils.parametrize, computed at every use of the weight. A value that was set to
+zero once would not last: momentum moves it again in the next step, whatever its gradient.
 """
 
 from __future__ import annotations
@@ -91,7 +91,14 @@ def bake(module: nn.Module, kind: type[nn.Module]) -> None:
 def remove(module: nn.Module, kind: type[nn.Module]) -> None:
     """Ends the parametrizations of that kind on the weight; the parameter behind them shows as it is."""
     others = [each for each in weight_list(module) if not isinstance(each, kind)]
+    # A deepcopy shares the class that torch made for the parametrized module, and torch takes the weight off that class:
+    # without a class of its own, the module that was copied would lose its weight here.
+    shared = type(module)
+    body = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, body)
     parametrize.remove_parametrizations(module, WEIGHT, leave_parametrized=False)
+    for name in [name for name in module._parameters if name != WEIGHT]:  # the weight comes first, as it did
+        module._parameters[name] = module._parameters.pop(name)
     for each in others:
         # unsafe: nothing to be checked, it was there before
         parametrize.register_parametrization(module, WEIGHT, each, unsafe=True)

@@ -36,10 +36,11 @@ class _Layer:
 def prune_(model: nn.Module, config: Magnitude) -> Report:
     """Sets weights to zero, in place, in such a way that they stay zero while the model is trained.
 
-    Each pruned weight gets a mask (`nn.parametrizations.Mask`, a parametrization) that is computed at every use, so that
-    momentum, weight decay and quantization-aware training leave exact zeros. The parameter behind it stays the same
-    object: an optimizer that was made before goes on. Call it again with more sparsity (see `cubic`) to prune further;
-    what was pruned stays pruned, so less sparsity than before changes nothing. Biases and norms are never pruned.
+    Each pruned weight gets a mask (`nn.parametrizations.Mask`, a parametrization) that is computed at every use, so
+    that momentum, weight decay and quantization-aware training leave exact zeros. The parameter behind it stays the
+    same object: an optimizer that was made before goes on. Call it again with more sparsity (see `cubic`) to prune
+    further; what was pruned stays pruned, so less sparsity than before changes nothing. Biases and norms are never
+    pruned.
 
     Linear and convolution layers are pruned, except those that share a parameter with another module or carry a
     parametrization of another kind; the report says so.
@@ -103,8 +104,8 @@ def to_sparse_(
 ) -> Report:
     """Converts `nn.Linear` layers with many zeros to `nn.SparseLinear`, in place, where that was measured to be faster.
 
-    This is `convert.convert_` with one conversion; what is measured, what stays dense and why is said there. Layers with
-    masks stay dense until `finalize_`.
+    This is `convert.convert_` with one conversion; what is measured, what stays dense and why is said there. Layers
+    with masks stay dense until `finalize_`.
 
     Args:
         model: any module.
@@ -193,10 +194,10 @@ def _magnitude(layer: _Layer) -> Tensor:
     magnitude: Tensor = _original(layer.module).abs()
     if magnitude.element_size() < 4:
         magnitude = magnitude.float()
-    if not bool(torch.isfinite(magnitude).all()):
-        raise ValueError(f"prune_: {layer.name}.weight must be finite, got NaN or infinity")
     for mask in layer.masks:
         magnitude.masked_fill_(~mask.mask, -1)
+    if not bool(torch.isfinite(magnitude).all()):
+        raise ValueError(f"prune_: {layer.name}.weight must be finite, got NaN or infinity")
     return magnitude
 
 
@@ -225,10 +226,10 @@ def _install(layers: list[_Layer], keep: list[Tensor]) -> None:
                 layer.masks = [Mask(alive)]
                 _register(layer.module, layer.masks[0])
     except BaseException:
-        for layer, masks in zip(layers, had, strict=True):
-            for mask, old in masks:
+        for layer, before in zip(layers, had, strict=True):
+            for mask, old in before:
                 mask.mask = old
-            if not masks and any(find(layer.module, Mask)):
+            if not before and any(find(layer.module, Mask)):
                 remove(layer.module, Mask)
         raise
 
@@ -244,9 +245,9 @@ def _report(title: str, layers: list[_Layer]) -> Report:
     report = Report(title, list(_COLUMNS))
     weights = zeros = 0
     for layer in layers:
-        weight = layer.module.weight if not nn.parameter.is_lazy(_original(layer.module)) else None
+        weight: Any = layer.module.weight
         row: dict[str, Any] = {"layer": " = ".join(layer.names)}
-        if isinstance(weight, Tensor):
+        if not nn.parameter.is_lazy(weight):
             here = weight.numel() - (0 if weight.is_meta else int(torch.count_nonzero(weight)))
             row |= {"shape": "x".join(map(str, weight.shape)), "weights": weight.numel(), "zeros": here}
             row["sparsity"] = round(here / max(weight.numel(), 1), 4)

@@ -35,7 +35,7 @@ def _fake(x: Any) -> Any:
 
 
 def prepare_qat_(model: nn.Module, config: Int8Dynamic | None = None) -> Report:
-    """Makes linear layers compute with weights and inputs rounded to int8, in place, for a fine-tune that gets used to it.
+    """Makes linear layers compute, in place, with weights and inputs rounded to int8: a fine-tune gets used to it.
 
     Weights: symmetric, one scale per output; inputs: one scale per token, both taken anew at every step from the values
     at hand, as `nn.Int8Linear` takes them. Gradients go straight through the rounding (Bengio et al., 2013, "Estimating
