@@ -128,9 +128,9 @@ def test_numbers_out_of_range(arguments: dict[str, Any], message: str) -> None:
 
 def test_other_errors() -> None:
     teacher, student = networks()
-    with pytest.raises(TypeError, match="Distiller: student must be an nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"Distiller: student must be an nn\.Module, got function"):
         Distiller(teacher, lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="target must be given unless alpha is 1, got None with alpha=0.5"):
+    with pytest.raises(ValueError, match=r"target must be given unless alpha is 1, got None with alpha=0\.5"):
         Distiller(teacher, student)(X)
     with pytest.raises(ValueError, match=r"distill_loss: teacher_logits must .*\[6, 4\]"):
         Distiller(nn.Linear(16, 4), student)(X, TARGET)

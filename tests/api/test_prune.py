@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -348,7 +349,7 @@ def test_other_arguments() -> None:
     with pytest.raises(ValueError, match="rows must be an int of at least 1 in the place of data, got 1 beside data"):
         to_sparse_(mlp(), data=X, rows=1)
     for call in (lambda: prune_(3, Magnitude(0.5)), lambda: finalize_("x"), lambda: to_sparse_([])):
-        with pytest.raises(TypeError, match="model must be an nn.Module, got "):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, got "):
             call()
     with pytest.raises(TypeError, match="prune_: config must be a Magnitude, got float"):
         prune_(mlp(), 0.5)  # type: ignore[arg-type]
@@ -388,5 +389,5 @@ def test_cubic_is_fast_at_first_and_ends_at_the_end() -> None:
     values = [cubic(step / 10, 0.9, 0.1) for step in range(11)]
     assert values[0] == pytest.approx(0.1)
     assert values[10] == pytest.approx(0.9)
-    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
-    assert all(a > b > 0 for a, b in zip(steps, steps[1:], strict=False))
+    steps = [b - a for a, b in itertools.pairwise(values)]
+    assert all(a > b > 0 for a, b in itertools.pairwise(steps))

@@ -136,9 +136,9 @@ def test_compiles() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(TypeError, match="prepare_qat_: model must be an nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"prepare_qat_: model must be an nn\.Module, got int"):
         prepare_qat_(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="prepare_qat_: config must be an Int8Dynamic, got str"):
         prepare_qat_(mlp(), "int8")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="finalize_qat_: model must be an nn.Module, got NoneType"):
+    with pytest.raises(TypeError, match=r"finalize_qat_: model must be an nn\.Module, got NoneType"):
         finalize_qat_(None)  # type: ignore[arg-type]

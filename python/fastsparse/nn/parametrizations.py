@@ -91,8 +91,8 @@ def bake(module: nn.Module, kind: type[nn.Module]) -> None:
 def remove(module: nn.Module, kind: type[nn.Module]) -> None:
     """Ends the parametrizations of that kind on the weight; the parameter behind them shows as it is."""
     others = [each for each in weight_list(module) if not isinstance(each, kind)]
-    # A deepcopy shares the class that torch made for the parametrized module, and torch takes the weight off that class:
-    # without a class of its own, the module that was copied would lose its weight here.
+    # A deepcopy shares the class that torch made for the parametrized module, and torch takes the weight off that
+    # class: without a class of its own, the module that was copied would lose its weight here.
     shared = type(module)
     body = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
     module.__class__ = type(shared.__name__, shared.__bases__, body)
