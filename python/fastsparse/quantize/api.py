@@ -224,9 +224,12 @@ def _measure(layers: list[_Layer], config: Int8Dynamic, measure: select.Measure 
     for layer in layers:
         if layer.replacement is not None:
             inputs = select.make_inputs(layer.seen)
-            for implementation, module in ((select.DENSE, layer.module), (INT8, layer.replacement)):
+            linear, device = layer.module, layer.seen[0].device
+            # What decides how long a layer takes; its numbers do not.
+            kind = (*linear.weight.shape, linear.bias is not None, linear.weight.dtype, frozenset(layer.seen))
+            for implementation, module in ((select.DENSE, linear), (INT8, layer.replacement)):
                 run = select.repeat(module, inputs)
-                candidates.append(select.Candidate(layer.names[0], implementation, run, layer.seen[0].device))
+                candidates.append(select.Candidate(layer.names[0], implementation, run, device, kind))
     with torch.no_grad():
         choices = select.choose(candidates, config.margin, measure)
     for layer in layers:
