@@ -6,7 +6,9 @@ venv=$1
 shift
 log=$venv/build.log
 # CMake can print an error and pip still end in 0: the log decides.
-if ! "$venv/bin/python" -m pip install --quiet --no-build-isolation -v "$@" -e '.[test,demo,bench,lint]' >"$log" 2>&1 ||
+# The constraint: whatever a package asks for, torch stays the build that fastsparse is compiled against.
+if ! "$venv/bin/python" -m pip install --quiet --no-build-isolation -v "$@" -c requirements/torch.txt \
+  -e '.[test,demo,bench,examples,lint]' >"$log" 2>&1 ||
   grep -q 'CMake Error' "$log"; then
   grep -nE 'CMake Error|error:|ERROR' "$log" | head -20 >&2
   echo "the build failed; the whole log is $log" >&2

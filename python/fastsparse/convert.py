@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -53,6 +53,10 @@ class Conversion:
     def why_not(self, linear: nn.Linear) -> str | None:
         """Why this kind of layer can't stand in for that one, or None. The weight is a plain one, of FLOATS."""
         raise NotImplementedError  # every conversion says so itself
+
+    def kind(self, linear: nn.Linear) -> Hashable:
+        """What beside shape and dtype decides how long the new layer takes: layers alike in it are decided together."""
+        return None
 
     def build(self, linear: nn.Linear, rows: int | None) -> nn.Module:
         """The new layer, on the CPU, for a layer on the CPU with finite weights that will see so many rows of x."""
@@ -311,10 +315,12 @@ def _build(layer: _Layer, conversion: Conversion) -> None:
 def _measure(layers: list[_Layer], conversions: Sequence[Conversion], measure: select.Measure | None) -> None:
     candidates = []
     for layer in layers:
-        inputs = select.make_inputs(layer.seen)
-        for name, module in {select.DENSE: layer.module, **layer.built}.items():
+        linear, inputs = layer.module, select.make_inputs(layer.seen)
+        shape = (*linear.weight.shape, linear.bias is not None, linear.weight.dtype, frozenset(layer.seen))
+        kind = (*shape, *((each.name, each.kind(linear)) for each in conversions if each.name in layer.built))
+        for name, module in {select.DENSE: linear, **layer.built}.items():
             run = select.repeat(module, inputs)
-            candidates.append(select.Candidate(layer.names[0], name, run, layer.seen[0].device))
+            candidates.append(select.Candidate(layer.names[0], name, run, layer.seen[0].device, kind))
     margins = {conversion.name: conversion.margin for conversion in conversions}
     with torch.no_grad():
         choices = select.choose(candidates, margins, measure)

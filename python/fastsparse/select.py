@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,12 +48,14 @@ class Candidate:
         implementation: "dense", "int8", ...
         run: does what one forward pass asks of this layer.
         device: where it runs; the clock waits for the device.
+        kind: layers of one kind do the same work; they are decided together, see `choose`.
     """
 
     layer: str
     implementation: str
     run: Callable[[], object]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    kind: Hashable = None
 
 
 Measure = Callable[[Candidate], float]
@@ -96,8 +98,7 @@ def decide(layer: str, seconds: Mapping[str, float], margin: float | Mapping[str
     if not all(value >= 1 for value in margins):
         raise ValueError(f"decide: margin must be at least 1, got {margin}")
     for name, value in seconds.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"decide: {layer}: {name} must take a positive number of seconds, got {value}")
+        _check_seconds("decide", layer, name, value)
     others = {name: value for name, value in seconds.items() if name != DENSE}
     if not others:
         return Choice(layer, dict(seconds), DENSE, 1.0, "kept dense: nothing else to choose from")
@@ -116,6 +117,9 @@ def choose(
 ) -> dict[str, Choice]:
     """Times the candidates of any number of layers and chooses for each.
 
+    Layers whose candidates share a `kind` get one choice, by the median over all of them: a transformer repeats a few
+    shapes in every block, and its blocks shall not differ by the noise of the clock.
+
     Args:
         candidates: every layer has one called "dense". The order of the layers should be that of the model, because
             the clock runs them one after another.
@@ -129,13 +133,17 @@ def choose(
         ValueError: see `decide`.
     """
     seconds = clock(candidates) if measure is None else [measure(candidate) for candidate in candidates]
-    by_layer: dict[str, dict[str, float]] = {}
+    alike: dict[Hashable, list[float]] = {}
     for candidate, value in zip(candidates, seconds, strict=True):
-        by_layer.setdefault(candidate.layer, {})[candidate.implementation] = value
+        _check_seconds("choose", candidate.layer, candidate.implementation, value)
+        alike.setdefault(_pool(candidate), []).append(value)
+    by_layer: dict[str, dict[str, float]] = {}
+    for candidate in candidates:
+        by_layer.setdefault(candidate.layer, {})[candidate.implementation] = statistics.median(alike[_pool(candidate)])
     return {layer: decide(layer, figures, margin) for layer, figures in by_layer.items()}
 
 
-def clock(candidates: Sequence[Candidate], rounds: int = 5, budget: float = 0.1) -> list[float]:
+def clock(candidates: Sequence[Candidate], rounds: int = 5, budget: float = 0.1, passes: int = 3) -> list[float]:
     """Seconds of one `run()` per candidate, under `no_grad`.
 
     Measured in phases: all layers of one implementation run one after another, first unrecorded, then recorded; then
@@ -149,7 +157,8 @@ def clock(candidates: Sequence[Candidate], rounds: int = 5, budget: float = 0.1)
     Args:
         candidates: what to time.
         rounds: how often each phase is repeated.
-        budget: seconds that a phase lasts; three passes are made in any case.
+        budget: seconds that a phase lasts.
+        passes: how many recorded passes a phase makes in any case; fewer than three only where one takes seconds.
     """
     phases: dict[str, list[int]] = {}
     for index, candidate in enumerate(candidates):
@@ -161,14 +170,25 @@ def clock(candidates: Sequence[Candidate], rounds: int = 5, budget: float = 0.1)
                 for index in indices:
                     _seconds(candidates[index])
                 samples: dict[int, list[float]] = {index: [] for index in indices}
-                end, passes = time.perf_counter() + budget, 0
-                while passes < 3 or (passes < 1000 and time.perf_counter() < end):
-                    passes += 1
+                end, done = time.perf_counter() + budget, 0
+                while done < passes or (done < 1000 and time.perf_counter() < end):
+                    done += 1
                     for index in indices:
                         samples[index].append(_seconds(candidates[index]))
                 for index in indices:
-                    found[index].append(sorted(samples[index])[passes // 5])
+                    found[index].append(sorted(samples[index])[done // 5])
     return [statistics.median(values) for values in found]
+
+
+def _pool(candidate: Candidate) -> Hashable:
+    """Whose figures are taken together."""
+    alone = ("layer", candidate.layer)
+    return (alone if candidate.kind is None else ("kind", candidate.kind)), candidate.implementation
+
+
+def _check_seconds(where: str, layer: str, name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{where}: {layer}: {name} must take a positive number of seconds, got {value}")
 
 
 def busy() -> str | None:

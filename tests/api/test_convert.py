@@ -46,6 +46,17 @@ def test_each_layer_gets_the_fastest() -> None:
     assert report.title == "int8, dynamic per token or sparse float32"
 
 
+def test_layers_alike_are_decided_together_but_for_their_zeros() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    with torch.no_grad():
+        for layer, zeros in zip(model, (8, 8, 8, 14), strict=True):
+            layer.weight[:, :zeros] = 0
+    table = {("0", "sparse"): 2e-6, ("1", "sparse"): 2e-6, ("2", "sparse"): 5e-6, ("3", "sparse"): 5e-6}
+    convert_(model, [Sparse()], X, measure=seconds(table))
+    assert [type(layer) for layer in model] == [SparseLinear] * 3 + [nn.Linear]
+
+
 def test_the_margin_is_that_of_the_fastest() -> None:
     table = {("2", "int8"): 2.5e-6, ("2", "sparse"): 2e-6}
     model = mlp()

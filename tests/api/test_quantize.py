@@ -104,6 +104,28 @@ def test_each_layer_is_decided_by_its_own_figures() -> None:
     assert model[2] is last
 
 
+def test_layers_of_one_size_and_shape_are_decided_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(16, 16),
+        nn.Linear(16, 16),  # the noise of the clock alone would keep it dense
+        nn.Linear(16, 16),
+        nn.Linear(16, 16, bias=False),
+        nn.Linear(16, 32),
+        nn.Flatten(0, 1),
+        nn.Unflatten(0, (-1, 1)),
+        nn.Linear(32, 16),
+        nn.Linear(16, 16),  # sees rows of another shape
+    )
+
+    def measure(candidate: Candidate) -> float:
+        return dense_wins(candidate) if candidate.layer in ("1", "3", "8") else int8_wins(candidate)
+
+    report = rows(quantize_(model, Int8Dynamic(), torch.randn(2, 3, 16), measure=measure))
+    assert {name for name, row in report.items() if row["chosen"] == "dense"} == {"3", "8"}
+    assert [report[name]["speed-up"] for name in "0128"] == [4.0, 4.0, 4.0, 0.5]
+
+
 def test_the_margin_is_asked_for() -> None:
     slightly = {"dense": 1.2, "int8": 1.0}
     for margin, kind in ((1.1, Int8Linear), (1.3, nn.Linear)):

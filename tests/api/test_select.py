@@ -56,6 +56,33 @@ def test_layers_are_decided_one_by_one() -> None:
     assert {name: choice.chosen for name, choice in choices.items()} == {"a": "int8", "b": "dense"}
 
 
+def test_layers_of_one_kind_are_decided_together() -> None:
+    seconds = {"a": 1.2, "b": 1.0, "c": 1.3}  # int8 takes 1.0 everywhere, so b alone would stay dense
+    candidates = [
+        select.Candidate(layer, name, lambda: None, kind=("same", 16))
+        for layer in seconds
+        for name in ("dense", "int8")
+    ]
+    candidates += [select.Candidate("other", name, lambda: None, kind="other") for name in ("dense", "int8")]
+    choices = select.choose(
+        candidates, 1.05, lambda c: seconds.get(c.layer, 0.5) if c.implementation == "dense" else 1.0
+    )
+    assert [(choice.chosen, choice.speedup) for choice in choices.values()] == [("int8", 1.2)] * 3 + [("dense", 0.5)]
+
+
+def test_a_layer_is_not_of_a_kind_named_like_it() -> None:
+    candidates = [select.Candidate("a", "dense", lambda: None), select.Candidate("b", "dense", lambda: None, kind="a")]
+    choices = select.choose(candidates, 1.05, lambda c: 1.0 if c.layer == "a" else 3.0)
+    assert [choice.seconds["dense"] for choice in choices.values()] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_one_bad_figure_does_not_vanish_in_the_median(bad: float) -> None:
+    candidates = [select.Candidate(layer, "dense", lambda: None, kind=0) for layer in "abc"]
+    with pytest.raises(ValueError, match="choose: b: dense must take a positive number of seconds, got"):
+        select.choose(candidates, 1.05, lambda c: bad if c.layer == "b" else 1.0)
+
+
 def test_no_candidates_no_choices() -> None:
     assert select.choose([]) == {}
 
@@ -89,6 +116,14 @@ def test_the_clock_measures_in_phases() -> None:
     assert all(value > 0 for value in seconds)
     # One warm pass and three measured ones over both layers, then the other implementation; all of it twice.
     assert calls == (["a dense", "b dense"] * 4 + ["a int8", "b int8"] * 4) * 2
+
+
+def test_the_clock_makes_as_few_passes_as_asked() -> None:
+    calls: list[int] = []
+    candidate = select.Candidate("model", "dense", lambda: calls.append(1))
+    (seconds,) = select.clock([candidate], rounds=2, budget=0.0, passes=1)
+    assert seconds > 0
+    assert len(calls) == 4  # a warm pass and a measured one, twice
 
 
 def test_record_sees_each_shape_and_its_calls() -> None:

