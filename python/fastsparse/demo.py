@@ -58,7 +58,7 @@ class Plan:
 
     channels: tuple[int, int] = (64, 128)
     widths: tuple[int, ...] = (64, 1024, 2048, 1024, 128, 10)
-    sparsity: float = 0.9
+    sparsity: float = 0.85
     min_weights: int = 10_000
     teacher_epochs: int = 10
     dense_epochs: int = 14
