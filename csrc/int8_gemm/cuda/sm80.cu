@@ -5,14 +5,12 @@
 // Tails    m, n: zero words in shared memory, guarded stores; k: the codes are zero-padded to 32, weights read as zero.
 // Bound    dp4a: a quarter of the tensor cores' rate or less. The mma kernel that replaces it needs the CPU stand-in
 // first. Measured never run on hardware.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "sm80.h"
 
 #include <cfloat>
 
-#include "../../runtime/cuda/launch.h"
+#include "../../runtime/cuda/device.h"
 #include "../formats/vnni16.h"
-#include "sm80.h"
 
 namespace fs::int8_gemm::sm80 {
 namespace {
@@ -25,13 +23,6 @@ constexpr int kPadK = 4 * kStageWords;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __host__ __device__ inline int64_t padded(int64_t k) { return (k + kPadK - 1) / kPadK * kPadK; }
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline void from_float(float* p, float x) { *p = x; }
-__device__ inline void from_float(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
-__device__ inline void from_float(__half* p, float x) { *p = __float2half_rn(x); }
 
 // One block a row: the codes of x, zero-padded to padded(k), and the row's scale. int8_gemm.h gives the formulas.
 template <class T>
@@ -124,7 +115,7 @@ __global__ void multiply(const int8_t* codes, const int8_t* weight, int64_t m, i
       const int sum = sums[i][j] - e.zero_point * e.column_sum[column];
       const float scale = __fmul_rn(e.x_scale[row], e.weight_scale[column]);
       const float result = __fmaf_rn(static_cast<float>(sum), scale, e.bias == nullptr ? -0.0f : e.bias[column]);
-      from_float(&y[row * n + column], activate(e.activation, result));
+      y[row * n + column] = from_float<T>(activate(e.activation, result));
     }
   }
 }

@@ -1,0 +1,339 @@
+// Blocks one after another, the threads of a block as fibers; a fiber runs until it waits. Barriers and warp
+// operations.
+#include <algorithm>
+#include <csetjmp>
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+
+#include "memory.h"
+#include "runtime.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace fs::simt {
+
+Block block;
+Thread* running = nullptr;
+Conflicts conflicts;
+
+namespace {
+
+unsigned seed = 0;
+std::minstd_rand generator;
+std::vector<unsigned> ready;  // a ring: first in, first out
+size_t ready_first = 0;
+void (*kernel_call)(void*) = nullptr;
+void* kernel_closure = nullptr;
+std::string finding;
+
+unsigned random_below(size_t n) { return static_cast<unsigned>(generator() % n); }
+
+void make_ready(unsigned number) {
+  block.threads[number].state = State::ready;
+  ready.push_back(number);
+}
+
+bool any_ready() { return ready_first < ready.size(); }
+
+unsigned take_ready() {
+  if (seed != 0) std::swap(ready[ready_first], ready[ready_first + random_below(ready.size() - ready_first)]);
+  const unsigned number = ready[ready_first++];
+  if (ready_first > 4096) {
+    ready.erase(ready.begin(), ready.begin() + static_cast<std::ptrdiff_t>(ready_first));
+    ready_first = 0;
+  }
+  return number;
+}
+
+void enter(unsigned number) {
+  running = &block.threads[number];
+  threadIdx = running->index;
+}
+
+std::string lanes_text(unsigned lanes) {
+  std::string text;
+  for (int first = 0; first < 32; ++first) {
+    if (!(lanes >> first & 1)) continue;
+    int last = first;
+    while (last + 1 < 32 && (lanes >> (last + 1) & 1)) ++last;
+    text += (text.empty() ? "" : ",") + std::to_string(first);
+    if (last > first) text += "-" + std::to_string(last);
+    first = last;
+  }
+  return text;
+}
+
+// Per warp and per place: which lanes wait there.
+std::string who_waits() {
+  std::string text;
+  for (unsigned warp = 0; warp * 32 < block.count; ++warp) {
+    unsigned named = 0;
+    for (unsigned i = warp * 32; i < std::min(block.count, warp * 32 + 32); ++i) {
+      const Thread& t = block.threads[i];
+      if (named >> (i % 32) & 1 || (t.state != State::in_warp_operation && t.state != State::at_barrier)) continue;
+      unsigned lanes = 0;
+      for (unsigned j = warp * 32; j < std::min(block.count, warp * 32 + 32); ++j) {
+        const Thread& other = block.threads[j];
+        if (other.state == t.state && other.wait.at.line == t.wait.at.line && other.wait.name == t.wait.name)
+          lanes |= 1u << (j % 32);
+      }
+      named |= lanes;
+      text += "\n  warp " + std::to_string(warp) + ": lanes " + lanes_text(lanes) + " wait in " + t.wait.name + " at " +
+              place(t.wait.at);
+    }
+  }
+  return text;
+}
+
+// The running thread can't go on: to the next one that can, or back to the launcher.
+void wait_for_others() {
+  Thread* self = running;
+  if (any_ready()) {
+    const unsigned next = take_ready();
+    if (&block.threads[next] == self) return;
+    enter(next);
+    switch_fiber(*self->fiber, *running->fiber, self->state == State::exited);
+  } else {
+    switch_fiber(*self->fiber, main_fiber(), self->state == State::exited);
+  }
+}
+
+void finish_barrier() {
+  block.barrier_result = block.barrier_true;
+  block.barrier_arrived = block.barrier_true = 0;
+  for (unsigned i = 0; i < block.count; ++i) {
+    Thread& t = block.threads[i];
+    t.released = t.clock++;
+    if (t.state == State::at_barrier) make_ready(i);
+  }
+}
+
+void thread_main() {
+  fiber_begun(*running->fiber);
+  kernel_call(kernel_closure);
+  const unsigned number = running_number(), lane = number % 32;
+  running->state = State::exited;
+  --block.alive;
+  for (unsigned i = number / 32 * 32; i < std::min(block.count, number / 32 * 32 + 32); ++i) {
+    const Thread& t = block.threads[i];
+    if (t.state == State::in_warp_operation && t.wait.mask >> lane & 1)
+      fail("exited lane in mask: " + std::string(t.wait.name) + " at " + place(t.wait.at) + " by " + thread_name(i) +
+           " names lane " + std::to_string(lane) + ", which has exited");
+  }
+  if (block.barrier_arrived > 0 && block.barrier_arrived == static_cast<int>(block.alive)) finish_barrier();
+  wait_for_others();
+  std::abort();  // nobody runs an ended fiber
+}
+
+// A wild address in a kernel ends the launch and not the process; AddressSanitizer has a handler of its own.
+sigjmp_buf segv_jump;
+char segv_text[96];
+#if defined(__SANITIZE_ADDRESS__)
+void guard_signals(bool) {}
+#else
+struct sigaction old_segv, old_bus;
+volatile bool guarding = false;
+alignas(16) char signal_stack[64 * 1024];
+void on_segv(int, siginfo_t* info, void*) {
+  if (!guarding) {
+    sigaction(SIGSEGV, &old_segv, nullptr);
+    sigaction(SIGBUS, &old_bus, nullptr);
+    return;
+  }
+  guarding = false;
+  std::snprintf(segv_text, sizeof segv_text, "segmentation fault at address %p", info->si_addr);
+  siglongjmp(segv_jump, 1);
+}
+void guard_signals(bool on) {
+  if (!on) {
+    guarding = false;
+    sigaction(SIGSEGV, &old_segv, nullptr);
+    sigaction(SIGBUS, &old_bus, nullptr);
+    return;
+  }
+  stack_t alternative{};
+  alternative.ss_sp = signal_stack;
+  alternative.ss_size = sizeof signal_stack;
+  sigaltstack(&alternative, nullptr);
+  struct sigaction action{};
+  action.sa_sigaction = &on_segv;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  sigaction(SIGSEGV, &action, &old_segv);
+  sigaction(SIGBUS, &action, &old_bus);
+  guarding = true;
+}
+#endif
+
+void run_block(dim3 shape, size_t shared_bytes) {
+  block.count = shape.x * shape.y * shape.z;
+  block.alive = block.count;
+  block.threads.resize(block.count);
+  block.shared.clear();
+  block.static_shared = 0;
+  block.deferred.clear();
+  block.barrier_arrived = block.barrier_true = 0;
+  reset_shared();
+  block.dynamic_shared = shared_bytes > 0 ? allocate_shared(shared_bytes, 1024) : nullptr;
+  ready.clear();
+  ready_first = 0;
+  for (unsigned i = 0; i < block.count; ++i) {
+    Thread& t = block.threads[i];
+    t.fiber = &prepare_fiber(i, &thread_main);
+    t.index = {i % shape.x, i / shape.x % shape.y, i / (shape.x * shape.y)};
+    t.open_group.clear();
+    t.groups.clear();
+    t.clock = 1;
+    t.released = 0;
+    t.seen.fill(0);
+    make_ready(i);
+  }
+  enter(take_ready());
+  switch_fiber(main_fiber(), *running->fiber);
+  if (finding.empty() && block.alive > 0)
+    finding = "deadlock: " + std::to_string(block.alive) + " of " + std::to_string(block.count) +
+              " threads wait for others that do not come" + who_waits();
+  if (finding.empty()) finding = block.deferred;
+}
+
+}  // namespace
+
+void set_seed(unsigned s) {
+  seed = s;
+  generator.seed(s + 1);
+}
+
+std::string thread_name(unsigned number) {
+  const uint3 t = block.threads[number].index;
+  char text[96];
+  std::snprintf(text, sizeof text, "block (%u,%u,%u) thread (%u,%u,%u)", blockIdx.x, blockIdx.y, blockIdx.z, t.x, t.y,
+                t.z);
+  return text;
+}
+
+void fail(const std::string& report) {
+  finding = block.deferred.empty() ? report : report + "\n  and before that: " + block.deferred;
+  switch_fiber(*running->fiber, main_fiber(), true);
+  std::abort();
+}
+
+void run(dim3 grid, dim3 shape, size_t shared_bytes, void (*call)(void*), void* closure) {
+  if (running != nullptr) throw std::runtime_error("a kernel launches a kernel");
+  const size_t threads = size_t{1} * shape.x * shape.y * shape.z;
+  if (threads == 0 || threads > kMaxThreads || shape.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+      grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535 || shared_bytes > 163 * 1024)
+    throw std::runtime_error("launch of a kernel: invalid configuration: grid (" + std::to_string(grid.x) + "," +
+                             std::to_string(grid.y) + "," + std::to_string(grid.z) + "), block (" +
+                             std::to_string(shape.x) + "," + std::to_string(shape.y) + "," + std::to_string(shape.z) +
+                             "), dynamic shared memory " + std::to_string(shared_bytes));
+  blockDim = shape;
+  gridDim = grid;
+  kernel_call = call;
+  kernel_closure = closure;
+  finding.clear();
+  const size_t blocks = size_t{1} * grid.x * grid.y * grid.z;
+  std::vector<size_t> order(blocks);
+  std::iota(order.begin(), order.end(), size_t{0});
+  if (seed != 0) std::shuffle(order.begin(), order.end(), generator);
+  block.launch_first = block.serial + 1;
+  guard_signals(true);
+  if (sigsetjmp(segv_jump, 1) == 0) {
+    for (size_t i : order) {
+      ++block.serial;
+      blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                  static_cast<unsigned>(i / grid.x / grid.y)};
+      run_block(shape, shared_bytes);
+      if (!finding.empty()) break;
+    }
+  } else {
+    finding = std::string(segv_text) + " by " + thread_name(running_number());
+  }
+  guard_signals(false);
+  running = nullptr;
+  if (!finding.empty()) throw std::runtime_error(finding);
+}
+
+void* shared_array(const void* tag, size_t bytes) {
+  for (const auto& [known, p] : block.shared)
+    if (known == tag) return p;
+  block.static_shared += (bytes + 15) / 16 * 16;
+  if (block.static_shared > 48 * 1024)
+    fail("the static shared memory of a block is limited to 48 KB, this one asks for " +
+         std::to_string(block.static_shared) + " bytes");
+  void* p = allocate_shared(bytes, 16);
+  block.shared.emplace_back(tag, p);
+  return p;
+}
+
+void* dynamic_shared() {
+  if (block.dynamic_shared == nullptr) fail("dynamic shared memory is used, the launch gives none");
+  return block.dynamic_shared;
+}
+
+int barrier(const char* name, bool predicate, At at) {
+  for (unsigned i = 0; block.barrier_arrived > 0 && i < block.count; ++i) {
+    const Thread& t = block.threads[i];
+    if (t.state != State::at_barrier) continue;
+    if (t.wait.at.line != at.line || std::strcmp(t.wait.at.file, at.file) != 0 || t.wait.name != name)
+      fail("divergent barrier: " + thread_name(running_number()) + " is at " + name + " at " + place(at) + ", " +
+           thread_name(i) + " at " + t.wait.name + " at " + place(t.wait.at));
+    break;  // the others were compared when they came
+  }
+  running->wait = {name, at, 0, nullptr, nullptr};
+  running->state = State::at_barrier;
+  block.barrier_true += predicate;
+  if (++block.barrier_arrived == static_cast<int>(block.alive)) finish_barrier();
+  wait_for_others();
+  return block.barrier_result;
+}
+
+void warp_operation(unsigned mask, const char* name, WarpFunction function, void* argument, At at) {
+  const unsigned number = running_number(), lane = number % 32, first = number - lane;
+  const auto here = [&] { return std::string(name) + " at " + place(at) + " by " + thread_name(number); };
+  if (!(mask >> lane & 1)) fail("caller not in its mask: " + here());
+  running->wait = {name, at, mask, function, argument};
+  running->state = State::in_warp_operation;
+  void* arguments[32] = {};
+  bool complete = true;
+  for (unsigned l = 0; l < 32; ++l) {
+    const bool named = mask >> l & 1;
+    if (first + l >= block.count || block.threads[first + l].state == State::exited) {
+      if (named)
+        fail("exited lane in mask: " + here() + " names lane " + std::to_string(l) +
+             (first + l >= block.count ? ", which the block does not have" : ", which has exited"));
+      continue;
+    }
+    const Thread& t = block.threads[first + l];
+    if (t.state != State::in_warp_operation) {
+      complete = complete && !named;
+      continue;
+    }
+    const bool same = t.wait.mask == mask && t.wait.function == function && t.wait.at.line == at.line &&
+                      t.wait.name == name && std::strcmp(t.wait.at.file, at.file) == 0;
+    if (named && same) {
+      arguments[l] = t.wait.argument;
+    } else if (named && (t.wait.mask >> lane & 1)) {
+      fail("lanes of one mask in different operations: " + here() + " waits for lane " + std::to_string(l) +
+           ", which is in " + t.wait.name + " at " + place(t.wait.at) + " and waits for it");
+    } else {
+      complete = complete && !named;
+    }
+  }
+  if (!complete) return wait_for_others();
+  function(mask, arguments);
+  if (seed == 0) {  // go on with the last one to come
+    for (unsigned l = 0; l < 32; ++l)
+      if (arguments[l] != nullptr && l != lane) make_ready(first + l);
+    running->state = State::ready;
+  } else {
+    for (unsigned l = 0; l < 32; ++l)
+      if (arguments[l] != nullptr) make_ready(first + l);
+    wait_for_others();
+  }
+}
+
+}  // namespace fs::simt
