@@ -19,7 +19,7 @@ def test_the_kernels_under_sanitizers() -> None:
     builds.build("asan")
     environment = {**os.environ, **builds.sanitizer_environment(), "CUDA_ON_CPU_BUILDS": "asan"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(HERE), "-p", "no:cacheprovider", "-q", "-x"],
+        [sys.executable, "-m", "pytest", str(HERE), "-p", "no:cacheprovider", "-x"],
         capture_output=True,
         text=True,
         env=environment,
