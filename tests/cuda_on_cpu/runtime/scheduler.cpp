@@ -9,6 +9,8 @@
 #include <random>
 #include <stdexcept>
 
+#include <ucontext.h>
+
 #include "memory.h"
 #include "runtime.h"
 
@@ -132,21 +134,22 @@ void thread_main() {
 
 // A wild address in a kernel ends the launch and not the process; AddressSanitizer has a handler of its own.
 sigjmp_buf segv_jump;
-char segv_text[96];
+void *segv_address = nullptr, *segv_pc = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
 void guard_signals(bool) {}
 #else
 struct sigaction old_segv, old_bus;
 volatile bool guarding = false;
 alignas(16) char signal_stack[64 * 1024];
-void on_segv(int, siginfo_t* info, void*) {
+void on_segv(int, siginfo_t* info, void* context) {
   if (!guarding) {
     sigaction(SIGSEGV, &old_segv, nullptr);
     sigaction(SIGBUS, &old_bus, nullptr);
     return;
   }
   guarding = false;
-  std::snprintf(segv_text, sizeof segv_text, "segmentation fault at address %p", info->si_addr);
+  segv_address = info->si_addr;
+  segv_pc = reinterpret_cast<char*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]) + 1;
   siglongjmp(segv_jump, 1);
 }
 void guard_signals(bool on) {
@@ -250,7 +253,10 @@ void run(dim3 grid, dim3 shape, size_t shared_bytes, void (*call)(void*), void* 
       if (!finding.empty()) break;
     }
   } else {
-    finding = std::string(segv_text) + " by " + thread_name(running_number());
+    char address[32];
+    std::snprintf(address, sizeof address, "%p", segv_address);
+    finding = "segmentation fault: address " + std::string(address) + " by " + thread_name(running_number()) + " at " +
+              place(segv_pc);
   }
   guard_signals(false);
   running = nullptr;

@@ -54,19 +54,24 @@ struct Access {
   uint8_t atomic;
 };
 
+// The last writers and readers, different threads each.
 struct Word {
-  Access write, read[2];  // the last of each; the readers are different threads
-  uint8_t valid, initialised, pending, unused;
-  uint32_t unused2[3];
+  Access write[2], read[2];
 };
 static_assert(sizeof(Word) == 64, "a cache line");
 
+struct Flags {  // one bit a byte
+  uint8_t valid, initialised, pending, unused;
+};
+
+constexpr size_t kWords = kArenaBytes / 4;
 Word* words = nullptr;
+Flags* flags = nullptr;
 const char *base = nullptr, *base_end = nullptr;  // of this library in memory
 
-Word& word_of(const void* p) { return words[static_cast<size_t>(static_cast<const char*>(p) - arena) / 4]; }
+size_t index_of(const void* p) { return static_cast<size_t>(static_cast<const char*>(p) - arena) / 4; }
 
-// Calls body(word, bits of its bytes) for the words that [p, p + bytes) touches.
+// Calls body(index of the word, bits of its bytes) for the words that [p, p + bytes) touches.
 template <class Body>
 inline void for_words(const void* p, size_t bytes, const Body& body) {
   const auto address = static_cast<size_t>(static_cast<const char*>(p) - arena);
@@ -74,7 +79,7 @@ inline void for_words(const void* p, size_t bytes, const Body& body) {
   const size_t end = address + bytes;
   while (at < end) {
     const size_t next = at / 4 * 4 + 4, stop = next < end ? next : end;
-    body(words[at / 4], static_cast<uint8_t>(((1u << (stop - at)) - 1) << (at % 4)));
+    body(at / 4, static_cast<uint8_t>(((1u << (stop - at)) - 1) << (at % 4)));
     at = stop;
   }
 }
@@ -112,38 +117,43 @@ __attribute__((noinline)) void report_uninitialised(const void* p, Kind kind, co
   if (block.deferred.empty()) block.deferred = sentence("uninitialised", p, kind, pc, nullptr, "");
 }
 
-inline void check_word(Word& w, uint8_t bits, const void* p, Kind kind, const void* pc, const Access& now,
-                       const Thread& t) {
-  if (bits & ~w.valid) report("out of bounds", p, kind, pc, nullptr, "");
-  if (bits & w.pending) report("an asynchronous copy is under way", p, kind, pc, &w.write, "issued");
-  if (kind != Kind::write && bits & ~w.initialised) report_uninitialised(p, kind, pc);
-  if (w.write.bytes & bits && !(kind == Kind::atomic && w.write.atomic) && !ordered(w.write, now.thread, t))
-    report("race", p, kind, pc, &w.write, "unordered with a write");
-  if (kind == Kind::read) {
-    if (w.read[0].thread != now.thread || w.read[0].block != now.block) w.read[1] = w.read[0];
-    const bool again = w.read[0].thread == now.thread && w.read[0].block == now.block && w.read[0].clock == now.clock;
-    const uint8_t before = again ? w.read[0].bytes : uint8_t{0};
-    w.read[0] = now;
-    w.read[0].bytes = before | bits;
-    return;
-  }
-  for (const Access& r : w.read)
-    if (r.bytes & bits && !ordered(r, now.thread, t)) report("race", p, kind, pc, &r, "unordered with a read");
-  const bool again = w.write.thread == now.thread && w.write.block == now.block && w.write.clock == now.clock;
-  const uint8_t before = again ? w.write.bytes : uint8_t{0};
-  w.write = now;
-  w.write.bytes = before | bits;
-  w.write.atomic = kind == Kind::atomic;
-  w.initialised |= bits;
+bool same(const Access& a, const Access& now) { return a.thread == now.thread && a.block == now.block; }
+
+// `now` becomes the first of the two; bytes touched at the same clock add up.
+void remember(Access (&last)[2], Access now) {
+  if (!same(last[0], now) || last[0].atomic != now.atomic)
+    last[1] = last[0];
+  else if (last[0].clock == now.clock)
+    now.bytes |= last[0].bytes;
+  last[0] = now;
+}
+
+inline void check_word(size_t index, const void* p, Kind kind, const void* pc, const Access& now, const Thread& t) {
+  Word& w = words[index];
+  Flags& f = flags[index];
+  if (now.bytes & ~f.valid) report("out of bounds", p, kind, pc, nullptr, "");
+  if (now.bytes & f.pending) report("an asynchronous copy is under way", p, kind, pc, &w.write[0], "issued");
+  if (kind != Kind::write && now.bytes & ~f.initialised) report_uninitialised(p, kind, pc);
+  for (const Access& a : w.write)
+    if (a.bytes & now.bytes && !(a.atomic && now.atomic) && !ordered(a, now.thread, t))
+      report("race", p, kind, pc, &a, "unordered with a write");
+  if (kind == Kind::read) return remember(w.read, now);
+  for (const Access& a : w.read)
+    if (a.bytes & now.bytes && !ordered(a, now.thread, t)) report("race", p, kind, pc, &a, "unordered with a read");
+  remember(w.write, now);
+  f.initialised |= now.bytes;
 }
 
 }  // namespace
 
 void reserve() {
-  void* memory = mmap(nullptr, kArenaBytes / 4 * sizeof(Word), PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  words = static_cast<Word*>(memory);
+  const auto map = [](size_t bytes) {
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    return memory;
+  };
+  words = static_cast<Word*>(map(kWords * sizeof(Word)));
+  flags = static_cast<Flags*>(map(kWords * sizeof(Flags)));
   Dl_info info{};
   dladdr(reinterpret_cast<const void*>(&reserve), &info);
   base = static_cast<const char*>(info.dli_fbase);
@@ -161,18 +171,18 @@ void reserve() {
 }
 
 void allocated(void* p, size_t bytes) {
-  std::memset(static_cast<void*>(&word_of(p)), 0, (bytes + 7) / 4 * sizeof(Word));
-  for_words(p, bytes, [](Word& w, uint8_t bits) { w.valid |= bits; });
+  std::memset(static_cast<void*>(&words[index_of(p)]), 0, (bytes + 7) / 4 * sizeof(Word));
+  for_words(p, bytes, [](size_t i, uint8_t bits) { flags[i].valid |= bits; });
 }
 void freed(void* p, size_t bytes) {
-  for_words(p, bytes, [](Word& w, uint8_t) { w.valid = w.initialised = w.pending = 0; });
+  for_words(p, bytes, [](size_t i, uint8_t) { flags[i] = {}; });
 }
 void initialised(void* p, size_t bytes) {
-  for_words(p, bytes, [](Word& w, uint8_t bits) { w.initialised |= bits; });
+  for_words(p, bytes, [](size_t i, uint8_t bits) { flags[i].initialised |= bits; });
 }
 void pending(void* p, size_t bytes, bool on) {
-  for_words(p, bytes, [on](Word& w, uint8_t bits) {
-    w.pending = static_cast<uint8_t>(on ? w.pending | bits : w.pending & ~bits);
+  for_words(p, bytes, [on](size_t i, uint8_t bits) {
+    flags[i].pending = static_cast<uint8_t>(on ? flags[i].pending | bits : flags[i].pending & ~bits);
   });
 }
 
@@ -184,13 +194,16 @@ void access(const void* p, size_t bytes, Kind kind, const void* pc) {
     report("not device memory", p, kind, pc, nullptr, "");
   }
   const unsigned me = running_number();
-  const Access now{block.serial,
-                   running->clock,
-                   static_cast<uint32_t>(static_cast<const char*>(pc) - base),
-                   static_cast<uint16_t>(me),
-                   0,
-                   0};
-  for_words(p, bytes, [&](Word& w, uint8_t bits) { check_word(w, bits, p, kind, pc, now, *running); });
+  Access now{block.serial,
+             running->clock,
+             static_cast<uint32_t>(static_cast<const char*>(pc) - base),
+             static_cast<uint16_t>(me),
+             0,
+             kind == Kind::atomic};
+  for_words(p, bytes, [&](size_t i, uint8_t bits) {
+    now.bytes = bits;
+    check_word(i, p, kind, pc, now, *running);
+  });
 }
 
 #endif
