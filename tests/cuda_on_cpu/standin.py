@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
 
 class Finding(RuntimeError):
@@ -157,6 +158,37 @@ class StandIn:
         length = grad.numel() // rows if rows else 0
         self.call("qdq_fake_quantize_grad", self.copy(grad), _FLOATS[grad.dtype], rows, length, self.copy(mask), out)
         return out.clone()
+
+    # --- int8_gemm ---------------------------------------------------------------------------------------------------
+
+    def int8_linear(
+        self,
+        x: Tensor,
+        pack: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        x_scale: Tensor | None = None,
+        x_zero_point: Tensor | None = None,
+    ) -> Tensor:
+        """As ops.int8_linear, for a matrix x."""
+        m, k = x.shape
+        n = len(weight_scale)
+        y = self.empty((m, n), x.dtype)
+        self.library.int8_gemm_scratch_bytes.restype = ctypes.c_int64
+        offset, self.offset = self.offset, 0  # torch's allocator aligns what ops.cpp asks for, and packs
+        scratch = self.empty((self.library.int8_gemm_scratch_bytes(*map(ctypes.c_int64, (m, k))),), torch.uint8)
+        weight = self.copy(pack)
+        self.offset = offset
+        stride = x.stride(0) if k else 0
+        scale = 1.0 if x_scale is None else float(x_scale)
+        zero = 0 if x_zero_point is None else int(x_zero_point)
+        parameters = [self.copy(weight_scale), self.copy(bias), _ACTIVATIONS[activation], int(x_scale is None)]
+        there = self.strided_copy(x)
+        self.call(
+            "int8_gemm_linear", there, _FLOATS[x.dtype], stride, m, n, k, weight, *parameters, scale, zero, y, scratch
+        )
+        return y.clone()
 
 
 def _channels(x: Tensor, scale: Tensor, axis: int | None) -> tuple[int, int, int]:

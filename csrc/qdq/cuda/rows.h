@@ -1,7 +1,9 @@
 // How a float becomes an int8 code, on CUDA: the one place for every family that quantizes, as cpu/rows.inl is for the
-// CPU, and equal to it bit for bit. Device code; after runtime/cuda/device.h.
+// CPU, and equal to it bit for bit. Device code.
 #pragma once
 #include <cfloat>
+
+#include "../../runtime/cuda/device.h"
 
 namespace fs::qdq::sm80 {
 
