@@ -130,23 +130,28 @@ struct Sums {
 template <int kRows, int kM, int kN>
 __device__ __forceinline__ void multiply_stage(const unsigned char* stage, int row, int column, Sums<kM, kN>& sums) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const unsigned char* b_stage = stage + kRows * kStageK;
+  // Where this lane reads: 16 rows further, or 4 words of k, the swizzle is the same, so that the rest is constants.
+  int a_at[kStageK / 32], b_at[kN];
 #pragma unroll
-  for (int k = 0; k < kStageK; k += 32) {
-    uint32_t a[kM][4], b[kN][2];
+  for (int j = 0; j < kStageK / 32; ++j) a_at[j] = a_offset(row + lane % 16, 2 * j + lane / 16);
 #pragma unroll
-    for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(a[m], stage + a_offset(row + 16 * m + lane % 16, k / 16 + lane / 16));
+  for (int n = 0; n < kN; ++n)
+    b_at[n] = kRows * kStageK + b_offset(lane % 4, (column + 8 * n + lane / 4) / 4) + 4 * (lane / 4 % 4);
+#pragma unroll
+  for (int j = 0; j < kStageK / 32; ++j) {
+    uint32_t b[kN][2];
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int c = column + 8 * n + lane / 4;
-        b[n][i] = *reinterpret_cast<const uint32_t*>(b_stage + b_offset(k / 4 + 4 * i + lane % 4, c / 4) + 4 * (c % 4));
-      }
+      for (int i = 0; i < 2; ++i)
+        b[n][i] = *reinterpret_cast<const uint32_t*>(stage + b_at[n] + 4 * kColumns * (8 * j + 4 * i));
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kM; ++m) {
+      uint32_t a[4];
+      ptx::ldmatrix_x4(a, stage + a_at[j] + 16 * kStageK * m);
 #pragma unroll
-      for (int n = 0; n < kN; ++n) ptx::mma_s8(sums.at[m][n], a[m], b[n]);
+      for (int n = 0; n < kN; ++n) ptx::mma_s8(sums.at[m][n], a, b[n]);
+    }
   }
 }
 
@@ -159,10 +164,20 @@ __device__ __forceinline__ float activate(Activation activation, float y) {
   }
 }
 
-__device__ __forceinline__ float result(const Epilogue& e, int32_t sum, float x_scale, int64_t column) {
-  const float scale = __fmul_rn(x_scale, e.weight_scale[column]);
-  sum -= e.zero_point * e.column_sum[column];
-  return activate(e.activation, __fmaf_rn(static_cast<float>(sum), scale, e.bias == nullptr ? -0.0f : e.bias[column]));
+// What a column of C multiplies and adds.
+struct Column {
+  float scale, bias;
+  int32_t sum;  // what the zero point adds to each of its sums
+};
+
+__device__ __forceinline__ Column column_of(const Epilogue& e, int64_t column, bool inside) {
+  if (!inside) return {0.0f, 0.0f, 0};
+  return {e.weight_scale[column], e.bias == nullptr ? -0.0f : e.bias[column], e.zero_point * e.column_sum[column]};
+}
+
+__device__ __forceinline__ float result(const Epilogue& e, int32_t sum, float x_scale, const Column& c) {
+  const float y = __fmaf_rn(static_cast<float>(sum - c.sum), __fmul_rn(x_scale, c.scale), c.bias);
+  return activate(e.activation, y);
 }
 
 // Two columns beside each other, as one store where that is allowed.
@@ -177,31 +192,29 @@ __device__ __forceinline__ void store(const Operands& o, const Epilogue& e, int6
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const bool pairs = o.n % 2 == 0 && is_aligned(y, sizeof(Pair<T>));
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
+  for (int n = 0; n < kN; ++n) {
+    const int64_t column = column0 + 8 * n + lane % 4 * 2;
+    if (column >= o.n) continue;
+    const bool two = column + 1 < o.n;
+    const Column first = column_of(e, column, true), second = column_of(e, column + 1, two);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = row0 + 16 * m + lane / 4 + 8 * half;
-      if (row >= o.m) continue;
-      const float x_scale = e.x_scale[row];
+    for (int m = 0; m < kM; ++m)
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const int64_t column = column0 + 8 * n + lane % 4 * 2;
-        if (column >= o.n) continue;
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = row0 + 16 * m + lane / 4 + 8 * half;
+        if (row >= o.m) continue;
+        const float x_scale = e.x_scale[row];
+        const Pair<T> values = {from_float<T>(result(e, sums.at[m][n][2 * half], x_scale, first)),
+                                from_float<T>(result(e, sums.at[m][n][2 * half + 1], x_scale, second))};
         T* p = y + row * o.n + column;
-        const T first = from_float<T>(result(e, sums.at[m][n][2 * half], x_scale, column));
-        if (column + 1 >= o.n) {
-          p[0] = first;
-          continue;
-        }
-        const T second = from_float<T>(result(e, sums.at[m][n][2 * half + 1], x_scale, column + 1));
         if (pairs) {
-          *reinterpret_cast<Pair<T>*>(p) = {first, second};
+          *reinterpret_cast<Pair<T>*>(p) = values;
         } else {
-          p[0] = first;
-          p[1] = second;
+          p[0] = values.first;
+          if (two) p[1] = values.second;
         }
       }
-    }
+  }
 }
 
 // kRows x kColumns of C; kWarpRows of the 8 warps lie below each other.

@@ -41,12 +41,20 @@ struct Thread {
   std::array<uint32_t, 32> seen{};             // by __syncwarp: the clocks of the lanes of its warp
 };
 
+struct Meeting {  // a warp operation that some lanes have come to
+  unsigned mask, arrived;
+  WarpFunction function;
+  At at;
+  void* arguments[32];
+};
+
 struct Block {
   unsigned serial = 0;        // of all blocks of all launches
   unsigned launch_first = 0;  // the serial of this launch's first block
   unsigned count = 0;         // threads
   unsigned alive = 0;
   std::vector<Thread> threads;
+  std::vector<std::vector<Meeting>> meetings;  // by warp
   std::vector<std::pair<const void*, void*>> shared;  // tag, array
   size_t static_shared = 0;
   void* dynamic_shared = nullptr;

@@ -92,6 +92,32 @@ std::string who_waits() {
   return text;
 }
 
+bool same_place(At a, At b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
+
+std::string what_runs() {
+  return std::string(running->wait.name) + " at " + place(running->wait.at) + " by " + thread_name(running_number());
+}
+
+// Before the first lane of a warp operation waits for the others of its mask: can they come?
+void check_mask(unsigned mask, unsigned first, const std::vector<Meeting>& meetings) {
+  for (unsigned l = 0; l < 32; ++l) {
+    if (!(mask >> l & 1)) continue;
+    if (first + l >= block.count)
+      fail("exited lane in mask: " + what_runs() + " names lane " + std::to_string(l) +
+           ", which the block does not have");
+    if (block.threads[first + l].state == State::exited)
+      fail("exited lane in mask: " + what_runs() + " names lane " + std::to_string(l) + ", which has exited");
+  }
+  const unsigned me = 1u << running_number() % 32;
+  for (const Meeting& m : meetings) {
+    if (!(m.mask & me) || !(m.arrived & mask)) continue;
+    const unsigned other = static_cast<unsigned>(__builtin_ctz(m.arrived & mask));
+    const Wait& wait = block.threads[first + other].wait;
+    fail("lanes of one mask in different operations: " + what_runs() + " waits for lane " + std::to_string(other) +
+         ", which is in " + wait.name + " at " + place(wait.at) + " and waits for it");
+  }
+}
+
 // The running thread can't go on: to the next one that can, or back to the launcher.
 void wait_for_others() {
   Thread* self = running;
@@ -180,6 +206,8 @@ void run_block(dim3 shape, size_t shared_bytes) {
   block.static_shared = 0;
   block.deferred.clear();
   block.barrier_arrived = block.barrier_true = 0;
+  block.meetings.resize((block.count + 31) / 32);
+  for (auto& meetings : block.meetings) meetings.clear();
   reset_shared();
   block.dynamic_shared = shared_bytes > 0 ? allocate_shared(shared_bytes, 1024) : nullptr;
   ready.clear();
@@ -284,7 +312,7 @@ int barrier(const char* name, bool predicate, At at) {
   for (unsigned i = 0; block.barrier_arrived > 0 && i < block.count; ++i) {
     const Thread& t = block.threads[i];
     if (t.state != State::at_barrier) continue;
-    if (t.wait.at.line != at.line || std::strcmp(t.wait.at.file, at.file) != 0 || t.wait.name != name)
+    if (!same_place(t.wait.at, at) || t.wait.name != name)
       fail("divergent barrier: " + thread_name(running_number()) + " is at " + name + " at " + place(at) + ", " +
            thread_name(i) + " at " + t.wait.name + " at " + place(t.wait.at));
     break;  // the others were compared when they came
@@ -299,47 +327,29 @@ int barrier(const char* name, bool predicate, At at) {
 
 void warp_operation(unsigned mask, const char* name, WarpFunction function, void* argument, At at) {
   const unsigned number = running_number(), lane = number % 32, first = number - lane;
-  const auto here = [&] { return std::string(name) + " at " + place(at) + " by " + thread_name(number); };
-  if (!(mask >> lane & 1)) fail("caller not in its mask: " + here());
   running->wait = {name, at, mask, function, argument};
   running->state = State::in_warp_operation;
-  void* arguments[32] = {};
-  bool complete = true;
-  for (unsigned l = 0; l < 32; ++l) {
-    const bool named = mask >> l & 1;
-    if (first + l >= block.count || block.threads[first + l].state == State::exited) {
-      if (named)
-        fail("exited lane in mask: " + here() + " names lane " + std::to_string(l) +
-             (first + l >= block.count ? ", which the block does not have" : ", which has exited"));
-      continue;
-    }
-    const Thread& t = block.threads[first + l];
-    if (t.state != State::in_warp_operation) {
-      complete = complete && !named;
-      continue;
-    }
-    const bool same = t.wait.mask == mask && t.wait.function == function && t.wait.at.line == at.line &&
-                      t.wait.name == name && std::strcmp(t.wait.at.file, at.file) == 0;
-    if (named && same) {
-      arguments[l] = t.wait.argument;
-    } else if (named && (t.wait.mask >> lane & 1)) {
-      fail("lanes of one mask in different operations: " + here() + " waits for lane " + std::to_string(l) +
-           ", which is in " + t.wait.name + " at " + place(t.wait.at) + " and waits for it");
-    } else {
-      complete = complete && !named;
-    }
+  std::vector<Meeting>& meetings = block.meetings[number / 32];
+  Meeting* meeting = nullptr;
+  for (Meeting& m : meetings)
+    if (m.mask == mask && m.function == function && same_place(m.at, at)) meeting = &m;
+  if (meeting == nullptr) {
+    check_mask(mask, first, meetings);
+    meetings.push_back({mask, 0, function, at, {}});
+    meeting = &meetings.back();
   }
-  if (!complete) return wait_for_others();
-  function(mask, arguments);
-  if (seed == 0) {  // go on with the last one to come
-    for (unsigned l = 0; l < 32; ++l)
-      if (arguments[l] != nullptr && l != lane) make_ready(first + l);
-    running->state = State::ready;
-  } else {
-    for (unsigned l = 0; l < 32; ++l)
-      if (arguments[l] != nullptr) make_ready(first + l);
-    wait_for_others();
-  }
+  if (!(mask >> lane & 1)) fail("caller not in its mask: " + what_runs());
+  meeting->arguments[lane] = argument;
+  meeting->arrived |= 1u << lane;
+  if (meeting->arrived != mask) return wait_for_others();
+  const Meeting done = *meeting;
+  meetings.erase(meetings.begin() + (meeting - meetings.data()));
+  function(mask, done.arguments);
+  // In order, the last to come goes on; else anybody.
+  for (unsigned l = 0; l < 32; ++l)
+    if (mask >> l & 1 && (l != lane || seed != 0)) make_ready(first + l);
+  running->state = State::ready;
+  if (seed != 0) wait_for_others();
 }
 
 }  // namespace fs::simt
