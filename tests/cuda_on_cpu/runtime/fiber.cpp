@@ -60,10 +60,6 @@ Fiber* left = nullptr;  // whom the running fiber was switched from
 
 Fiber& main_fiber() { return launcher; }
 
-bool on_stack(const Fiber& fiber, const void* p) {
-  return static_cast<const char*>(p) >= fiber.stack && static_cast<const char*>(p) < fiber.stack + kStackBytes;
-}
-
 Fiber& prepare_fiber(size_t index, void (*entry)()) {
   while (pool.size() <= index) {
     void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,

@@ -24,6 +24,8 @@ void fiber_begun(Fiber& self);
 // The stack on which the launcher runs.
 Fiber& main_fiber();
 
-bool on_stack(const Fiber& fiber, const void* p);
+inline bool on_stack(const Fiber& fiber, const void* p) {
+  return static_cast<size_t>(static_cast<const char*>(p) - fiber.stack) < kStackBytes;
+}
 
 }  // namespace fs::simt

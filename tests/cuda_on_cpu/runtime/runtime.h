@@ -54,7 +54,7 @@ struct Block {
   unsigned count = 0;         // threads
   unsigned alive = 0;
   std::vector<Thread> threads;
-  std::vector<std::vector<Meeting>> meetings;  // by warp
+  std::vector<std::vector<Meeting>> meetings;         // by warp
   std::vector<std::pair<const void*, void*>> shared;  // tag, array
   size_t static_shared = 0;
   void* dynamic_shared = nullptr;
