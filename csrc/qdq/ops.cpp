@@ -10,6 +10,10 @@
 #include <tuple>
 
 #include "../runtime/checks.h"
+#if defined(FASTSPARSE_WITH_CUDA)
+#include "../runtime/cuda/torch_stream.h"
+#include "cuda/sm80.h"
+#endif
 #include "qdq.h"
 #include "select.h"
 
@@ -24,6 +28,30 @@ constexpr const char* kFakeGrad = "fake_quantize_backward";
 
 using MaybeTensor = std::optional<Tensor>;
 using Axis = std::optional<int64_t>;
+
+// Each op has one implementation for both devices, which parts at the launch; the entry for CUDA passes this gate
+// first. With one argument on CUDA the dispatcher comes there, whichever it is: the checks then say which is not where
+// x is.
+#if defined(FASTSPARSE_WITH_CUDA)
+void check_cuda_kernels(const char* op) { check_proven(op, sm80::kName, sm80::kProven); }
+
+// Calls body(stream) for the device of x.
+template <class Body>
+void on_cuda(const Tensor& x, const Body& body) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(x.get_device_index()));
+  body(current_cuda_stream(x));
+}
+#else
+void check_cuda_kernels(const char* op) {
+  throw std::runtime_error(std::string(op) +
+                           ": an argument is on cuda, and this build of fastsparse has no CUDA kernels "
+                           "(FASTSPARSE_CUDA=ON makes them)");
+}
+#endif
+
+void check_device(const char* op, const char* name, const Tensor& x) {
+  if (!x.is_cuda()) check_cpu(op, name, x);
+}
 
 // An uninitialised contiguous tensor of x's shape.
 Tensor empty_like(const Tensor& x, ScalarType dtype) {
@@ -75,7 +103,8 @@ Checked check_parameters(const char* op, const char* name, const Tensor& x, cons
   Checked c{{channels_of(op, name, x, scale, axis), nullptr, nullptr}, as_contiguous(scale), std::nullopt};
   c.p.scale = static_cast<const float*>(c.scale.const_data_ptr());
   const int64_t n = c.p.shape.channels;
-  for (int64_t i = 0; divides && i < n; ++i)
+  const bool readable = x.is_cpu();  // the values in device memory are not looked at
+  for (int64_t i = 0; divides && readable && i < n; ++i)
     if (!(c.p.scale[i] >= FLT_MIN) || !std::isfinite(c.p.scale[i])) {
       char value[32];
       std::snprintf(value, sizeof value, "%g", static_cast<double>(c.p.scale[i]));
@@ -89,20 +118,27 @@ Checked check_parameters(const char* op, const char* name, const Tensor& x, cons
                  shape_of("zero_point", *zero_point));
   c.zero_point = as_contiguous(*zero_point);
   c.p.zero_point = static_cast<const int32_t*>(c.zero_point->const_data_ptr());
-  for (int64_t i = 0; i < n; ++i)
+  for (int64_t i = 0; readable && i < n; ++i)
     if (c.p.zero_point[i] < lowest || c.p.zero_point[i] > highest)
       fail(op, "zero_point must be in [" + std::to_string(lowest) + ", " + std::to_string(highest) + "], got " +
                    std::to_string(c.p.zero_point[i]) + " at " + std::to_string(i));
   return c;
 }
 
-Tensor quantize_cpu(Tensor x, Tensor scale, MaybeTensor zero_point, Axis axis) {
-  check_cpu(kQuantize, "x", x);
+Tensor quantize_op(Tensor x, Tensor scale, MaybeTensor zero_point, Axis axis) {
+  check_device(kQuantize, "x", x);
   const DType dtype = float_dtype(kQuantize, "x", x);
   const Checked c = check_parameters(kQuantize, "x", x, scale, zero_point, axis, -128, 127, true);
   const Tensor in = as_contiguous(x);
   Tensor codes = empty_like(x, ScalarType::Char);
-  quantize(select(), in.const_data_ptr(), dtype, c.p, static_cast<int8_t*>(codes.mutable_data_ptr()));
+  auto* out = static_cast<int8_t*>(codes.mutable_data_ptr());
+#if defined(FASTSPARSE_WITH_CUDA)
+  if (x.is_cuda()) {
+    on_cuda(x, [&](void* stream) { sm80::quantize(in.const_data_ptr(), dtype, c.p, out, stream); });
+    return codes;
+  }
+#endif
+  quantize(select(), in.const_data_ptr(), dtype, c.p, out);
   return codes;
 }
 
@@ -119,17 +155,20 @@ void quantize_rows(const Tensor& x, DType dtype, const Tensor& codes, const Tens
   a.k = k;
   a.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
   a.scale = static_cast<float*>(scale.mutable_data_ptr());
+#if defined(FASTSPARSE_WITH_CUDA)
+  if (x.is_cuda()) return on_cuda(x, [&](void* stream) { sm80::quantize_per_token(a, stream); });
+#endif
   quantize_per_token(select(), a);
 }
 
 DType check_token(const Tensor& x) {
-  check_cpu(kToken, "x", x);
+  check_device(kToken, "x", x);
   const DType dtype = float_dtype(kToken, "x", x);
   if (x.dim() < 1) fail(kToken, "x must have at least one dimension, got x[]");
   return dtype;
 }
 
-std::tuple<Tensor, Tensor> token_cpu(Tensor x) {
+std::tuple<Tensor, Tensor> token_op(Tensor x) {
   const DType dtype = check_token(x);
   const int64_t dims = x.dim();
   int64_t sizes[64];
@@ -141,7 +180,7 @@ std::tuple<Tensor, Tensor> token_cpu(Tensor x) {
   return {codes, scale};
 }
 
-void token_out_cpu(Tensor x, Tensor codes, Tensor scale) {
+void token_out_op(Tensor x, Tensor codes, Tensor scale) {
   const DType dtype = check_token(x);
   const int64_t dims = x.dim();
   check_same_device(kToken, "codes", codes, x);
@@ -157,8 +196,8 @@ void token_out_cpu(Tensor x, Tensor codes, Tensor scale) {
   quantize_rows(x, dtype, codes, scale);
 }
 
-Tensor dequantize_cpu(Tensor codes, Tensor scale, MaybeTensor zero_point, Axis axis, int64_t dtype) {
-  check_cpu(kDequantize, "codes", codes);
+Tensor dequantize_op(Tensor codes, Tensor scale, MaybeTensor zero_point, Axis axis, int64_t dtype) {
+  check_device(kDequantize, "codes", codes);
   check_dtype(kDequantize, "codes", codes, ScalarType::Char);
   if (dtype < 0 || dtype > 2)
     fail(kDequantize, "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(dtype));
@@ -167,15 +206,22 @@ Tensor dequantize_cpu(Tensor codes, Tensor scale, MaybeTensor zero_point, Axis a
   const Tensor in = as_contiguous(codes);
   constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
   Tensor y = empty_like(codes, kTypes[dtype]);
-  dequantize(select(), static_cast<const int8_t*>(in.const_data_ptr()), c.p, y.mutable_data_ptr(),
-             static_cast<DType>(dtype));
+  const auto* q = static_cast<const int8_t*>(in.const_data_ptr());
+#if defined(FASTSPARSE_WITH_CUDA)
+  if (codes.is_cuda()) {
+    on_cuda(codes,
+            [&](void* stream) { sm80::dequantize(q, c.p, y.mutable_data_ptr(), static_cast<DType>(dtype), stream); });
+    return y;
+  }
+#endif
+  dequantize(select(), q, c.p, y.mutable_data_ptr(), static_cast<DType>(dtype));
   return y;
 }
 
 // y, and with_mask: the mask as u8 [rows, bytes] (qdq.h).
 std::tuple<Tensor, MaybeTensor> fake(const Tensor& x, const Tensor& scale, const MaybeTensor& zero_point, int64_t bits,
                                      Axis axis, bool with_mask) {
-  check_cpu(kFake, "x", x);
+  check_device(kFake, "x", x);
   const DType dtype = float_dtype(kFake, "x", x);
   if (bits < 2 || bits > 8) fail(kFake, "bits must be in [2, 8], got " + std::to_string(bits));
   const int32_t highest = (1 << (bits - 1)) - 1, lowest = -highest - 1;
@@ -188,22 +234,30 @@ std::tuple<Tensor, MaybeTensor> fake(const Tensor& x, const Tensor& scale, const
     const int64_t sizes[] = {rows.rows, mask_bytes(rows.length)};
     mask = empty(x, sizes, 2, ScalarType::Byte);
   }
-  fake_quantize(select(), in.const_data_ptr(), dtype, c.p, lowest, highest, y.mutable_data_ptr(),
-                mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr);
+  auto* bits_out = mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr;
+#if defined(FASTSPARSE_WITH_CUDA)
+  if (x.is_cuda()) {
+    on_cuda(x, [&](void* stream) {
+      sm80::fake_quantize(in.const_data_ptr(), dtype, c.p, lowest, highest, y.mutable_data_ptr(), bits_out, stream);
+    });
+    return {y, mask};
+  }
+#endif
+  fake_quantize(select(), in.const_data_ptr(), dtype, c.p, lowest, highest, y.mutable_data_ptr(), bits_out);
   return {y, mask};
 }
 
-Tensor fake_cpu(Tensor x, Tensor scale, MaybeTensor zero_point, int64_t bits, Axis axis) {
+Tensor fake_op(Tensor x, Tensor scale, MaybeTensor zero_point, int64_t bits, Axis axis) {
   return std::get<0>(fake(x, scale, zero_point, bits, axis, false));
 }
 
-std::tuple<Tensor, Tensor> fake_train_cpu(Tensor x, Tensor scale, MaybeTensor zero_point, int64_t bits, Axis axis) {
+std::tuple<Tensor, Tensor> fake_train_op(Tensor x, Tensor scale, MaybeTensor zero_point, int64_t bits, Axis axis) {
   const auto [y, mask] = fake(x, scale, zero_point, bits, axis, true);
   return {y, *mask};
 }
 
-Tensor fake_backward_cpu(Tensor grad, Tensor mask) {
-  check_cpu(kFakeGrad, "grad", grad);
+Tensor fake_backward_op(Tensor grad, Tensor mask) {
+  check_device(kFakeGrad, "grad", grad);
   const DType dtype = float_dtype(kFakeGrad, "grad", grad);
   check_same_device(kFakeGrad, "mask", mask, grad);
   check_dtype(kFakeGrad, "mask", mask, ScalarType::Byte);
@@ -214,25 +268,48 @@ Tensor fake_backward_cpu(Tensor grad, Tensor mask) {
                         shape_of("mask", mask));
   const Tensor in = as_contiguous(grad), bits = as_contiguous(mask);
   Tensor out = empty_like(grad, grad.scalar_type());
-  if (n > 0)
-    fake_quantize_grad(select(), in.const_data_ptr(), dtype, rows, n / rows,
-                       static_cast<const uint8_t*>(bits.const_data_ptr()), out.mutable_data_ptr());
+  if (n == 0) return out;
+  const auto* passes = static_cast<const uint8_t*>(bits.const_data_ptr());
+#if defined(FASTSPARSE_WITH_CUDA)
+  if (grad.is_cuda()) {
+    on_cuda(grad, [&](void* stream) {
+      sm80::fake_quantize_grad(in.const_data_ptr(), dtype, rows, n / rows, passes, out.mutable_data_ptr(), stream);
+    });
+    return out;
+  }
+#endif
+  fake_quantize_grad(select(), in.const_data_ptr(), dtype, rows, n / rows, passes, out.mutable_data_ptr());
   return out;
 }
 
-// With one argument on CUDA the dispatcher comes here, whichever it is.
-[[noreturn]] void no_cuda(const char* op) {
-  throw std::runtime_error(
-      std::string(op) +
-      ": an argument is on cuda, and there is no CUDA kernel for it yet; move the tensors to the CPU");
+Tensor quantize_cuda(Tensor x, Tensor scale, MaybeTensor zero_point, Axis axis) {
+  check_cuda_kernels(kQuantize);
+  return quantize_op(x, scale, zero_point, axis);
 }
-Tensor quantize_cuda(Tensor, Tensor, MaybeTensor, Axis) { no_cuda(kQuantize); }
-std::tuple<Tensor, Tensor> token_cuda(Tensor) { no_cuda(kToken); }
-void token_out_cuda(Tensor, Tensor, Tensor) { no_cuda(kToken); }
-Tensor dequantize_cuda(Tensor, Tensor, MaybeTensor, Axis, int64_t) { no_cuda(kDequantize); }
-Tensor fake_cuda(Tensor, Tensor, MaybeTensor, int64_t, Axis) { no_cuda(kFake); }
-std::tuple<Tensor, Tensor> fake_train_cuda(Tensor, Tensor, MaybeTensor, int64_t, Axis) { no_cuda(kFake); }
-Tensor fake_backward_cuda(Tensor, Tensor) { no_cuda(kFakeGrad); }
+std::tuple<Tensor, Tensor> token_cuda(Tensor x) {
+  check_cuda_kernels(kToken);
+  return token_op(x);
+}
+void token_out_cuda(Tensor x, Tensor codes, Tensor scale) {
+  check_cuda_kernels(kToken);
+  token_out_op(x, codes, scale);
+}
+Tensor dequantize_cuda(Tensor codes, Tensor scale, MaybeTensor zero_point, Axis axis, int64_t dtype) {
+  check_cuda_kernels(kDequantize);
+  return dequantize_op(codes, scale, zero_point, axis, dtype);
+}
+Tensor fake_cuda(Tensor x, Tensor scale, MaybeTensor zero_point, int64_t bits, Axis axis) {
+  check_cuda_kernels(kFake);
+  return fake_op(x, scale, zero_point, bits, axis);
+}
+std::tuple<Tensor, Tensor> fake_train_cuda(Tensor x, Tensor scale, MaybeTensor zero_point, int64_t bits, Axis axis) {
+  check_cuda_kernels(kFake);
+  return fake_train_op(x, scale, zero_point, bits, axis);
+}
+Tensor fake_backward_cuda(Tensor grad, Tensor mask) {
+  check_cuda_kernels(kFakeGrad);
+  return fake_backward_op(grad, mask);
+}
 
 }  // namespace
 }  // namespace fs::qdq
@@ -251,13 +328,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsparse, CPU, m) {
-  m.impl("quantize", TORCH_BOX(&fs::qdq::quantize_cpu));
-  m.impl("quantize_per_token", TORCH_BOX(&fs::qdq::token_cpu));
-  m.impl("quantize_per_token_out", TORCH_BOX(&fs::qdq::token_out_cpu));
-  m.impl("dequantize", TORCH_BOX(&fs::qdq::dequantize_cpu));
-  m.impl("fake_quantize", TORCH_BOX(&fs::qdq::fake_cpu));
-  m.impl("fake_quantize_train", TORCH_BOX(&fs::qdq::fake_train_cpu));
-  m.impl("fake_quantize_backward", TORCH_BOX(&fs::qdq::fake_backward_cpu));
+  m.impl("quantize", TORCH_BOX(&fs::qdq::quantize_op));
+  m.impl("quantize_per_token", TORCH_BOX(&fs::qdq::token_op));
+  m.impl("quantize_per_token_out", TORCH_BOX(&fs::qdq::token_out_op));
+  m.impl("dequantize", TORCH_BOX(&fs::qdq::dequantize_op));
+  m.impl("fake_quantize", TORCH_BOX(&fs::qdq::fake_op));
+  m.impl("fake_quantize_train", TORCH_BOX(&fs::qdq::fake_train_op));
+  m.impl("fake_quantize_backward", TORCH_BOX(&fs::qdq::fake_backward_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsparse, CUDA, m) {

@@ -3,6 +3,10 @@
 #include "../runtime/parallel.h"
 #include "../runtime/table.h"
 
+#if defined(FASTSPARSE_WITH_CUDA)
+#include "cuda/sm80.h"
+#endif
+
 namespace fs::qdq {
 namespace {
 
@@ -32,7 +36,11 @@ void spoil(const std::string& name) {
 }
 
 std::vector<KernelInfo> kernel_infos() {
-  return kernels.infos([](const Kernels& row) { return "1x" + std::to_string(row.group); });
+  std::vector<KernelInfo> infos = kernels.infos([](const Kernels& row) { return "1x" + std::to_string(row.group); });
+#if defined(FASTSPARSE_WITH_CUDA)
+  infos.push_back({"", sm80::kName, "cuda", "1x8", true, true, sm80::kProven});
+#endif
+  return infos;
 }
 
 bool stream(int64_t output_bytes) { return output_bytes >= (int64_t{4} << 20); }

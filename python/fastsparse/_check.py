@@ -152,6 +152,7 @@ CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
     ("int8_gemm", "cpu"): [_int8_mm, _int8_linear],
     ("int8_gemm", "cuda"): [_int8_linear],
     ("qdq", "cpu"): [_qdq],
+    ("qdq", "cuda"): [_qdq],
     ("kl_loss", "cpu"): [_kl_loss],
     ("sparse_matmul", "cpu"): [_sparse_linear],
 }

@@ -10,7 +10,7 @@ inline constexpr const char* kName = "sm80";
 // No hardware has run these kernels yet: they are off unless FASTSPARSE_UNPROVEN=1 (docs/gpu-status.md).
 inline constexpr bool kProven = false;
 
-// Bytes of scratch that linear() needs for m rows of k.
+// Bytes of scratch, at a multiple of 16, that linear() needs for m rows of k.
 int64_t scratch_bytes(int64_t m, int64_t k);
 
 // As int8_gemm::linear(); args.weight is a vnni16 pack in device memory. `stream` is a cudaStream_t.

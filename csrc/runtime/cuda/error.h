@@ -1,7 +1,5 @@
 // CUDA errors as exceptions: a library never prints, exits or aborts.
 #pragma once
-#include <cuda_runtime.h>
-
 #include <stdexcept>
 #include <string>
 

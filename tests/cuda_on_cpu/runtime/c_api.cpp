@@ -1,0 +1,36 @@
+// What Python calls of the stand-in itself. Functions that can fail return a text, or null.
+#include "entry.h"
+#include "memory.h"
+#include "runtime.h"
+#include "shadow.h"
+
+namespace {
+std::string message;
+}
+
+const char* fs::simt::kept(const std::string& text) {
+  message = text;
+  return message.c_str();
+}
+
+extern "C" {
+
+FS_ENTRY void simt_set_seed(unsigned seed) { fs::simt::set_seed(seed); }
+
+FS_ENTRY void* simt_allocate(size_t bytes, size_t offset) {
+  try {
+    return fs::simt::allocate_global(bytes, offset);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+FS_ENTRY void simt_free_all() { fs::simt::free_all_global(); }
+FS_ENTRY void simt_initialised(void* p, size_t bytes) { fs::simt::shadow::initialised(p, bytes); }
+
+// Extra passes that ldmatrix needed since the last call.
+FS_ENTRY int64_t simt_bank_conflicts() {
+  const int64_t n = fs::simt::conflicts.ldmatrix;
+  fs::simt::conflicts = {};
+  return n;
+}
+}

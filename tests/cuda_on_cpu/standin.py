@@ -1,0 +1,212 @@
+"""CUDA kernels on the CPU from Python: device memory, seeds, and each kernel as a function of torch tensors.
+
+    kernels = standin.load("race")       # or "fast", "asan"
+    with kernels.launches(seed=1):
+        codes, scale = kernels.quantize_per_token(x)
+
+Arguments are copied into the stand-in's device memory, results out of it. A finding is a Finding, whose text names the
+lines. `offset` shifts where every copy begins, in elements: what torch does with a slice of a tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import builds
+import torch
+from torch import Tensor
+
+_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
+
+
+class Finding(RuntimeError):
+    """What the stand-in found wrong with a kernel."""
+
+
+class StandIn:
+    def __init__(self, build: str) -> None:
+        self.build = build
+        self.library = ctypes.CDLL(str(builds.build(build)))
+        self.library.simt_allocate.restype = ctypes.c_void_p
+        self.library.simt_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+        self.library.simt_initialised.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self.library.simt_bank_conflicts.restype = ctypes.c_int64
+        self.offset = 0
+
+    @contextlib.contextmanager
+    def launches(self, seed: int = 0, offset: int = 0) -> Iterator[None]:
+        """Device memory for the launches inside, which is freed at the end; they run in the order of `seed`."""
+        self.library.simt_set_seed(seed)
+        self.library.simt_bank_conflicts()  # forgets what was before
+        self.offset = offset
+        try:
+            yield
+        finally:
+            self.offset = 0
+            self.library.simt_free_all()
+
+    def bank_conflicts(self) -> int:
+        """Extra passes over shared memory that ldmatrix needed since the last call."""
+        return self.library.simt_bank_conflicts()
+
+    def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        """Device memory, not initialised: a kernel that reads it before it writes is found."""
+        size = torch.Size(shape).numel()
+        item = torch.empty(0, dtype=dtype).element_size()
+        address = self.library.simt_allocate(size * item, self.offset * item)
+        assert address, "the stand-in's memory is full"
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        memory = (ctypes.c_char * (size * item)).from_address(address)
+        return torch.frombuffer(memory, dtype=dtype, count=size).view(shape)
+
+    def copy(self, tensor: Tensor | None) -> Tensor | None:
+        """A contiguous copy in device memory."""
+        if tensor is None:
+            return None
+        there = self.empty(tensor.shape, tensor.dtype)
+        if there.numel():
+            there.copy_(tensor)
+            self.library.simt_initialised(there.data_ptr(), there.numel() * there.element_size())
+        return there
+
+    def strided_copy(self, tensor: Tensor) -> Tensor:
+        """A copy of a matrix with its stride between rows; nothing behind its last element may be touched."""
+        rows, columns = tensor.shape
+        if rows == 0 or columns == 0 or tensor.stride(0) == columns:
+            copied = self.copy(tensor)
+            assert copied is not None
+            return copied
+        span = (rows - 1) * tensor.stride(0) + columns
+        return torch.as_strided(self.copy(torch.as_strided(tensor, (span,), (1,))), tensor.shape, tensor.stride())
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """An entry of the library; tensors are passed as pointers, None as null, int as int64, float as float."""
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_char_p
+        report = function(*(self._as_c(a) for a in arguments))
+        if report is not None:
+            raise Finding(report.decode())
+
+    @staticmethod
+    def _as_c(argument: Any) -> Any:
+        if argument is None:
+            return ctypes.c_void_p(None)
+        if isinstance(argument, Tensor):
+            return ctypes.c_void_p(argument.data_ptr() if argument.numel() else None)
+        if isinstance(argument, float):
+            return ctypes.c_float(argument)
+        return ctypes.c_int64(argument)
+
+    # --- qdq ---------------------------------------------------------------------------------------------------------
+
+    def quantize_per_token(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As ops.quantize_per_token, for a matrix."""
+        there = self.strided_copy(x)
+        codes, scale = self.empty(x.shape, torch.int8), self.empty((len(x), 1), torch.float32)
+        stride = x.stride(0) if x.shape[1] else 0
+        self.call("qdq_quantize_per_token", there, _FLOATS[x.dtype], stride, *x.shape, codes, scale)
+        return codes.clone(), scale.clone()
+
+    def quantize(self, x: Tensor, scale: Tensor, zero: Tensor | None = None, axis: int | None = None) -> Tensor:
+        codes = self.empty(x.shape, torch.int8)
+        there = [self.copy(t) for t in (x, scale, zero)]
+        self.call("qdq_quantize", there[0], _FLOATS[x.dtype], *_channels(x, scale, axis), *there[1:], codes)
+        return codes.clone()
+
+    def dequantize(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        axis: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        y = self.empty(codes.shape, dtype)
+        there = [self.copy(t) for t in (codes, scale, zero)]
+        self.call("qdq_dequantize", there[0], _FLOATS[dtype], *_channels(codes, scale, axis), *there[1:], y)
+        return y.clone()
+
+    def fake_quantize(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        bits: int = 8,
+        axis: int | None = None,
+        with_mask: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(y, mask)."""
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        outer, channels, inner = _channels(x, scale, axis)
+        rows, length = _rows(outer, channels, inner)
+        y = self.empty(x.shape, x.dtype)
+        mask = self.empty((rows, -(-length // 8)), torch.uint8) if with_mask else None
+        there = [self.copy(t) for t in (x, scale, zero)]
+        dtype = _FLOATS[x.dtype]
+        self.call("qdq_fake_quantize", there[0], dtype, outer, channels, inner, *there[1:], low, high, y, mask)
+        return y.clone(), None if mask is None else mask.clone()
+
+    def fake_quantize_backward(self, grad: Tensor, mask: Tensor) -> Tensor:
+        out = self.empty(grad.shape, grad.dtype)
+        rows = len(mask)
+        length = grad.numel() // rows if rows else 0
+        self.call("qdq_fake_quantize_grad", self.copy(grad), _FLOATS[grad.dtype], rows, length, self.copy(mask), out)
+        return out.clone()
+
+    # --- int8_gemm ---------------------------------------------------------------------------------------------------
+
+    def int8_linear(
+        self,
+        x: Tensor,
+        pack: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        x_scale: Tensor | None = None,
+        x_zero_point: Tensor | None = None,
+    ) -> Tensor:
+        """As ops.int8_linear, for a matrix x."""
+        m, k = x.shape
+        n = len(weight_scale)
+        y = self.empty((m, n), x.dtype)
+        self.library.int8_gemm_scratch_bytes.restype = ctypes.c_int64
+        offset, self.offset = self.offset, 0  # torch's allocator aligns what ops.cpp asks for, and packs
+        scratch = self.empty((self.library.int8_gemm_scratch_bytes(*map(ctypes.c_int64, (m, k))),), torch.uint8)
+        weight = self.copy(pack)
+        self.offset = offset
+        stride = x.stride(0) if k else 0
+        scale = 1.0 if x_scale is None else float(x_scale)
+        zero = 0 if x_zero_point is None else int(x_zero_point)
+        parameters = [self.copy(weight_scale), self.copy(bias), _ACTIVATIONS[activation], int(x_scale is None)]
+        there = self.strided_copy(x)
+        self.call(
+            "int8_gemm_linear", there, _FLOATS[x.dtype], stride, m, n, k, weight, *parameters, scale, zero, y, scratch
+        )
+        return y.clone()
+
+
+def _channels(x: Tensor, scale: Tensor, axis: int | None) -> tuple[int, int, int]:
+    """x as [outer, channels, inner], as ops.cpp sees it."""
+    if axis is not None:
+        axis %= x.dim()
+        outer, inner = torch.Size(x.shape[:axis]).numel(), torch.Size(x.shape[axis + 1 :]).numel()
+        return outer, x.shape[axis], inner
+    return (1, 1, x.numel()) if scale.numel() == 1 else (1, scale.numel(), x.shape[-1])
+
+
+def _rows(outer: int, channels: int, inner: int) -> tuple[int, int]:
+    """rows_of() of csrc/qdq/qdq.h."""
+    if channels == 1:
+        return 1, outer * inner
+    return (outer * channels, inner) if inner >= 64 else (outer, channels * inner)
+
+
+@functools.cache
+def load(build: str) -> StandIn:
+    return StandIn(build)

@@ -1,0 +1,98 @@
+"""int8_linear on the CPU stand-in: the CPU kernel's bits where no function is approximated, else near the oracle."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+
+import pytest
+import standin
+import torch
+from standin import StandIn
+from torch import Tensor
+
+from fastsparse import ops
+from ops.test_int8_gemm import ACTIVATIONS, DTYPES, MODES, awkward_rows, linear_interval, quantization, s8
+from support import same_bits, strided
+
+# Off every tile: rows 16, 32, 128; columns 8, 16, 128; k 4, 32, 64 and the ring of 4 stages.
+SHAPES = [
+    (1, 1, 1),
+    (1, 130, 64),
+    (3, 17, 5),
+    (17, 31, 67),
+    (32, 129, 255),
+    (33, 128, 256),
+    (129, 16, 321),
+    (131, 257, 96),
+    (2, 8, 0),
+]
+
+
+def assert_right(got: Tensor, arguments: tuple, what: object) -> None:
+    x, w, scale, bias, activation, x_scale, zero = arguments
+    if activation in (None, "relu"):
+        assert same_bits(got, ops.int8_linear(x, ops.pack(w), scale, bias, activation, x_scale, zero)), what
+        return
+    # erfcf and expf are the device's own: some units in the last place, more of them in the tails.
+    low, high = linear_interval(*arguments)
+    middle = (low.double() + high.double()) / 2
+    slack = 1e-5 * middle.abs() * (2 if x.dtype == torch.float32 else 800) + 1e-6
+    assert torch.equal(got.isnan(), low.isnan()), what
+    outside = (got.double() < low.double() - slack) | (got.double() > high.double() + slack)
+    assert not (outside & got.isfinite()).any(), what
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(kernels: StandIn, dtype: torch.dtype, mode: str, seed: int) -> None:
+    scale, zero = quantization(mode)
+    for i, (m, n, k) in enumerate(SHAPES):
+        x = awkward_rows(m, k, dtype)
+        weight_scale = torch.rand(n) * 1e-5
+        bias = torch.randn(n) if i % 2 else None
+        activation = ACTIVATIONS[(i + seed) % 4]
+        arguments = (strided(x) if i % 3 == 1 else x, s8(n, k), weight_scale, bias, activation, scale, zero)
+        with kernels.launches(seed, offset=i % 2):
+            got = kernels.int8_linear(arguments[0], ops.pack(arguments[1]), *arguments[2:])
+            assert kernels.bank_conflicts() == 0
+        assert_right(got, arguments, (m, n, k))
+
+
+@pytest.mark.parametrize("fill", [(-128, -128), (-128, 127), (127, 127)])
+def test_corners_of_the_range(kernels: StandIn, fill: tuple[int, int]) -> None:
+    # Static codes at the ends of the range; 70 stages of k.
+    m, n, k = 5, 20, 4480
+    x = torch.full((m, k), float(fill[0]))
+    w = torch.full((n, k), fill[1], dtype=torch.int8)
+    with kernels.launches():
+        got = kernels.int8_linear(x, ops.pack(w), torch.ones(n), None, None, torch.ones(1))
+    assert torch.equal(got, torch.full((m, n), float(fill[0] * fill[1] * k)))
+
+
+def test_nothing_is_done_for_nothing(kernels: StandIn) -> None:
+    with kernels.launches():
+        got = kernels.int8_linear(torch.empty(0, 5), ops.pack(s8(3, 5)), torch.ones(3))
+        assert got.shape == (0, 3)
+        got = kernels.int8_linear(torch.randn(2, 5), ops.pack(s8(0, 5)), torch.ones(0))
+        assert got.shape == (2, 0)
+
+
+@pytest.mark.skipif("CUDA_ON_CPU_BUILDS" in os.environ, reason="a product of a usual size, in fast and race only")
+def test_a_whole_product(capsys: pytest.CaptureFixture[str]) -> None:
+    m, n, k = 512, 512, 1024
+    x, w = torch.randn(m, k), s8(n, k)
+    scale, pack = torch.rand(n) / math.sqrt(k), ops.pack(w)
+    wanted = ops.int8_linear(x, pack, scale)
+    for build in ("fast", "race"):
+        kernels = standin.load(build)
+        with kernels.launches():
+            begin = time.perf_counter()
+            got = kernels.int8_linear(x, pack, scale)
+            seconds = time.perf_counter() - begin
+            assert kernels.bank_conflicts() == 0
+        assert same_bits(got, wanted)
+        with capsys.disabled():
+            print(f" int8_linear {m}x{n}x{k} {build}: {seconds:.2f} s", end="")
