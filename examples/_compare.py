@@ -195,8 +195,10 @@ def plot(title: str, ways: list[Way], shapes: list[Shape], path: Path) -> None:
     for axis, shape in zip(axes, map(str, shapes), strict=False):
         axis.barh(places, [way.seconds[shape] * 1e3 for way in ways], color=colours, height=0.65)
         for place, way in enumerate(ways):
-            text = f" {way.seconds[shape] * 1e3:.3g} ms, {way.speedup[shape]:.2f}x"
-            axis.text(way.seconds[shape] * 1e3, place, text, va="center", fontsize=9)
+            time = way.seconds[shape] * 1e3
+            text = f" {time:.{1 if time < 100 else 0}f} ms, {way.speedup[shape]:.2f}x"
+            axis.text(time, place, text, va="center", fontsize=9)
+        axis.spines["bottom"].set_visible(False)
         axis.set(title=f"{shape} tokens", xlim=(0, 1.9e3 * max(way.seconds[shape] for way in ways)), xticks=[])
     axes[-1].scatter([way.cosine_mean for way in ways], places, color=colours, zorder=2)
     axes[-1].scatter([way.cosine_least for way in ways], places, color=colours, marker="|", s=90, zorder=2)
