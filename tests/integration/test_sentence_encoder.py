@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+import fastsparse
+
 pytestmark = pytest.mark.timeout(600)  # four processes import torch and transformers: long where others use the cores
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -100,19 +102,44 @@ def test_texts_are_real_and_unpadded(example: Any, monkeypatch: pytest.MonkeyPat
     assert len({tuple(row) for row in ids.tolist()}) == 32
 
 
-def test_the_real_model_compiles_whole(example: Any) -> None:
-    # fullgraph: a break in the graph would raise. aot_eager: no C++ to compile.
-    way = example.Way("x", lambda model, ids: (model, example.quantize_(model, example.Int8Dynamic(measure=False))))
-    before = torch.get_num_threads()
+def encoder(example: Any, quantized: bool) -> Any:
+    def convert(model: torch.nn.Module, ids: torch.Tensor) -> Any:
+        return model, example.quantize_(model, example.Int8Dynamic(measure=False)) if quantized else None
+
+    threads = torch.get_num_threads()
     try:
-        process = example.Process(way, [example.Shape(1, 16), example.Shape(1, 24)])
+        process = example.Process(example.Way("any", convert), [example.Shape(2, 16)])
+        process.load()
     finally:
-        torch.set_num_threads(before)
-    ids = process.ids["1 x 16"][:2]
+        torch.set_num_threads(threads)
+    process.convert(example.Shape(2, 16))
+    return process
+
+
+def test_the_real_model_compiles_whole_and_goes_through_a_file(example: Any, tmp_path: Path) -> None:
+    process = encoder(example, quantized=True)
+    ids = process.ids["2 x 16"][:2]
     with torch.no_grad():
         wanted = process.encoder(ids)
+        # fullgraph: a break in the graph would raise. aot_eager: no C++ to compile.
         got = torch.compile(process.encoder, fullgraph=True, backend="aot_eager")(ids)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+    fastsparse.save(process.encoder, tmp_path / "int8.safetensors")
+    dense = encoder(example, quantized=False).encoder
+    size = sum(value.nbytes for value in dense.state_dict().values())
+    assert (tmp_path / "int8.safetensors").stat().st_size < 0.7 * size  # the embeddings, half of it, stay as they are
+    loaded = fastsparse.load(tmp_path / "int8.safetensors", dense)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids), wanted)
+
+
+def test_the_long_form_compiles_all_but_torch_dynamic(example: Any) -> None:
+    ways, shapes = example.plan(quick=False)
+    assert [way.name for way in ways if way.compiled] == [f"{name}, compiled" for name in (FLOAT32, TORCHAO, OURS)]
+    assert [way.name for way in ways if not way.compiled] == [FLOAT32, DYNAMIC, OURS]
+    assert len({id(way.seconds) for way in ways}) == len(ways)
+    assert [str(shape) for shape in shapes] == ["1 x 16", "1 x 128", "32 x 128"]
 
 
 # What goes wrong
@@ -124,10 +151,15 @@ class Fake:
     def __init__(self, way: Any, shapes: list[Any]) -> None:
         self.way = way
 
-    def embed(self, shape: Any) -> tuple[list[list[float]], None]:
+    def load(self) -> None:
+        pass
+
+    def convert(self, shape: Any) -> None:
         if self.way.name == "raises":
             raise RuntimeError("one\ntwo")
-        return [[1.0, 0.0], [0.0, 2.0]], None
+
+    def embed(self, shape: Any) -> list[list[float]]:
+        return [[1.0, 0.0], [0.0, 2.0]]
 
     def time(self, shape: Any) -> float:
         if self.way.name == "dies":
@@ -160,7 +192,7 @@ def test_a_way_that_fails_is_a_sentence(compare: Any, tmp_path: Path, capsys: py
 def test_no_answer_in_time_ends_the_process(compare: Any, tmp_path: Path) -> None:
     way, shape = compare.Way("slow", print), compare.Shape(1, 2)
     child = compare.Child(Fake, way, [shape], tmp_path)
-    assert child.ask("embed", shape, timeout=0.0) is None  # Python alone takes longer to start
+    assert child.ask("load", timeout=0.0) is None  # Python alone takes longer to start
     assert way.problem == "no answer within 0 s"
     child.process.join(30)
     assert child.process.exitcode is not None
