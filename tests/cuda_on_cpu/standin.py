@@ -13,7 +13,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import json
+import os
+import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import builds
@@ -22,6 +27,9 @@ from torch import Tensor
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
+
+
+_loaded: dict[str, StandIn] = {}
 
 
 class Finding(RuntimeError):
@@ -36,7 +44,9 @@ class StandIn:
         self.library.simt_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
         self.library.simt_initialised.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self.library.simt_bank_conflicts.restype = ctypes.c_int64
+        self.library.simt_launches.restype = ctypes.c_char_p
         self.offset = 0
+        self.tally: dict[int, dict[str, Any]] = {}  # by the kernel's place in the library
 
     @contextlib.contextmanager
     def launches(self, seed: int = 0, offset: int = 0) -> Iterator[None]:
@@ -49,6 +59,11 @@ class StandIn:
         finally:
             self.offset = 0
             self.library.simt_free_all()
+            for line in self.library.simt_launches().decode().splitlines():
+                place, count = map(int, line.split())
+                tally = self.tally.setdefault(place, {"launches": 0, "seeds": set()})
+                tally["launches"] += count
+                tally["seeds"].add(seed)
 
     def bank_conflicts(self) -> int:
         """Extra passes over shared memory that ldmatrix needed since the last call."""
@@ -207,6 +222,35 @@ def _rows(outer: int, channels: int, inner: int) -> tuple[int, int]:
     return (outer * channels, inner) if inner >= 64 else (outer, channels * inner)
 
 
+def record(folder: Path) -> None:
+    """Writes what ran without a finding in each build that was loaded: folder/tally-BUILD.json, for docs/gpu-status.md.
+
+    {"kernels": {"csrc/qdq/cuda/sm80.cu token_by_warp": {"launches": 30, "seeds": [0, 1, 2]}}}; instances of a template
+    count together.
+    """
+    for kernels in list(_loaded.values()):
+        found: dict[str, dict[str, Any]] = {}
+        for place, tally in kernels.tally.items():
+            name = _name_of(builds.OUT / kernels.build / "libcuda_on_cpu.so", place)
+            if name is not None:
+                entry = found.setdefault(name, {"launches": 0, "seeds": []})
+                entry["launches"] += tally["launches"]
+                entry["seeds"] = sorted({*entry["seeds"], *tally["seeds"]})
+        (folder / f"tally-{kernels.build}.json").write_text(json.dumps({"kernels": found}, indent=2, sort_keys=True) + "\n")
+
+
+def _name_of(library: Path, place: int) -> str | None:
+    """ "csrc/qdq/cuda/sm80.cu token_by_warp"; None for a kernel that is none of the library's."""
+    command = ["addr2line", "-f", "-C", "-e", str(library), hex(place)]
+    # Under a sanitizer's preload, addr2line would be sanitized too.
+    environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+    lines = subprocess.run(command, capture_output=True, text=True, env=environment).stdout.splitlines()
+    file = re.search(r"csrc/\w+/cuda/\w+\.cu", lines[1]) if len(lines) == 2 else None
+    name = re.search(r"(\w+)(<.*>)?(\(.*)?$", lines[0]) if file else None
+    return f"{file[0]} {name[1]}" if file and name else None
+
+
 @functools.cache
 def load(build: str) -> StandIn:
-    return StandIn(build)
+    _loaded[build] = StandIn(build)
+    return _loaded[build]

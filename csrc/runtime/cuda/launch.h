@@ -38,7 +38,7 @@ void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Args... a
   // It reads the launcher's memory, which is the one place where that is right.
   auto call = [&]() __attribute__((no_sanitize("thread"))) { kernel(static_cast<Parameters>(args)...); };
   simt::run(
-      config.grid, config.block, config.shared_bytes, [](void* c) { (*static_cast<decltype(call)*>(c))(); }, &call);
+      reinterpret_cast<const void*>(kernel), config.grid, config.block, config.shared_bytes, [](void* c) { (*static_cast<decltype(call)*>(c))(); }, &call);
 #else
   if (config.shared_bytes > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -98,7 +98,7 @@ struct At {  // a place in a source
 
 // Runs the kernel behind call(closure) for every thread of every block. Throws std::runtime_error with the report of
 // the first finding.
-void run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(void*), void* closure);
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*call)(void*), void* closure);
 
 // This block's array behind `tag`, the same for all its threads, fresh and filled with 0xff.
 void* shared_array(const void* tag, size_t bytes);

@@ -1,4 +1,6 @@
 // What Python calls of the stand-in itself. Functions that can fail return a text, or null.
+#include <dlfcn.h>
+
 #include "entry.h"
 #include "memory.h"
 #include "runtime.h"
@@ -26,6 +28,18 @@ FS_ENTRY void* simt_allocate(size_t bytes, size_t offset) {
 }
 FS_ENTRY void simt_free_all() { fs::simt::free_all_global(); }
 FS_ENTRY void simt_initialised(void* p, size_t bytes) { fs::simt::shadow::initialised(p, bytes); }
+
+// "OFFSET COUNT" lines: the kernels launched without a finding since the last call, by their place in this library.
+FS_ENTRY const char* simt_launches() {
+  Dl_info info{};
+  dladdr(reinterpret_cast<const void*>(&simt_launches), &info);
+  std::string text;
+  for (const auto& [kernel, count] : fs::simt::launches)
+    text += std::to_string(static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase)) + " " +
+            std::to_string(count) + "\n";
+  fs::simt::launches.clear();
+  return fs::simt::kept(text);
+}
 
 // Extra passes that ldmatrix needed since the last call.
 FS_ENTRY int64_t simt_bank_conflicts() {

@@ -2,6 +2,7 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -81,5 +82,8 @@ struct Conflicts {
   int64_t ldmatrix = 0;
 };
 extern Conflicts conflicts;
+
+// How often each kernel ran without a finding since the last call.
+extern std::map<const void*, int64_t> launches;
 
 }  // namespace fs::simt

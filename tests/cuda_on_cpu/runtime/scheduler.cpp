@@ -22,6 +22,7 @@ namespace fs::simt {
 Block block;
 Thread* running = nullptr;
 Conflicts conflicts;
+std::map<const void*, int64_t> launches;
 
 namespace {
 
@@ -252,7 +253,7 @@ void fail(const std::string& report) {
   std::abort();
 }
 
-void run(dim3 grid, dim3 shape, size_t shared_bytes, void (*call)(void*), void* closure) {
+void run(const void* kernel, dim3 grid, dim3 shape, size_t shared_bytes, void (*call)(void*), void* closure) {
   if (running != nullptr) throw std::runtime_error("a kernel launches a kernel");
   const size_t threads = size_t{1} * shape.x * shape.y * shape.z;
   if (threads == 0 || threads > kMaxThreads || shape.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
@@ -289,6 +290,7 @@ void run(dim3 grid, dim3 shape, size_t shared_bytes, void (*call)(void*), void* 
   guard_signals(false);
   running = nullptr;
   if (!finding.empty()) throw std::runtime_error(finding);
+  ++launches[kernel];
 }
 
 void* shared_array(const void* tag, size_t bytes) {

@@ -1,0 +1,104 @@
+"""The methods of standin.StandIn, by torch on a real device: so the tests of this folder run there as they are.
+
+FASTSPARSE_TEST_DEVICE names the device; "cpu" serves to try this file itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsparse import ops
+
+_fake_quantize_train = torch.ops.fastsparse.fake_quantize_train.default
+_fake_quantize_backward = torch.ops.fastsparse.fake_quantize_backward.default
+
+
+class Device:
+    build = "device"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.offset = 0
+
+    @contextlib.contextmanager
+    def launches(self, seed: int = 0, offset: int = 0) -> Iterator[None]:
+        """A device has its own order; `offset` shifts where tensors begin, as in the stand-in."""
+        self.offset = offset
+        try:
+            yield
+        finally:
+            self.offset = 0
+
+    def bank_conflicts(self) -> int:
+        return 0  # not to be seen from here
+
+    def place(self, tensor: Tensor | None, aligned: bool = False) -> Any:
+        """A copy on the device with the same strides, at the offset in elements."""
+        if tensor is None:
+            return None
+        offset = 0 if aligned else self.offset
+        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+        memory = torch.empty(offset + span, dtype=tensor.dtype, device=self.name)
+        there = torch.as_strided(memory, tensor.shape, tensor.stride(), offset)
+        return there.copy_(tensor)
+
+    def quantize_per_token(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = ops.quantize_per_token(self.place(x))
+        return codes.cpu(), scale.cpu()
+
+    def quantize(self, x: Tensor, scale: Tensor, zero: Tensor | None = None, axis: int | None = None) -> Tensor:
+        return ops.quantize(self.place(x), self.place(scale), self.place(zero), axis=axis).cpu()
+
+    def dequantize(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        axis: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        return ops.dequantize(self.place(codes), self.place(scale), self.place(zero), axis, dtype=dtype).cpu()
+
+    def fake_quantize(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        bits: int = 8,
+        axis: int | None = None,
+        with_mask: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        there = [self.place(t) for t in (x, scale, zero)]
+        if not with_mask:
+            return ops.fake_quantize(*there, bits, axis).cpu(), None
+        y, mask = _fake_quantize_train(*there, bits, axis)
+        return y.cpu(), mask.cpu()
+
+    def fake_quantize_backward(self, grad: Tensor, mask: Tensor) -> Tensor:
+        return _fake_quantize_backward(self.place(grad), self.place(mask, aligned=True)).cpu()
+
+    def int8_linear(
+        self,
+        x: Tensor,
+        pack: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        x_scale: Tensor | None = None,
+        x_zero_point: Tensor | None = None,
+    ) -> Tensor:
+        there = [self.place(pack, aligned=True), self.place(weight_scale), self.place(bias)]
+        return ops.int8_linear(self.place(x), *there, activation, x_scale, x_zero_point).cpu()
+
+
+@functools.cache
+def load() -> Device:
+    os.environ["FASTSPARSE_UNPROVEN"] = "1"
+    return Device(os.environ.get("FASTSPARSE_TEST_DEVICE", "cuda"))
