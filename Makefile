@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FAMILY ?= int8_gemm
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-asan native bench check lint format clean
+.PHONY: help demo test test-asan native gpu-check bench check lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo 'make test       set up .venv, build, run all tests'
 	@echo 'make test-asan  the tests of the kernels under address and undefined sanitizers'
 	@echo 'make native     the torch-free tests of the kernels: every level of this CPU, bit for bit'
+	@echo 'make gpu-check  on a machine with a GPU: build, test, sanitize and time the CUDA kernels there'
 	@echo 'make bench      measure a family against its peers: make bench FAMILY=int8_gemm'
 	@echo 'make check      every kernel that this machine can run against its oracle'
 	@echo 'make lint       ruff, mypy, clang-format, stable ABI, ISA objects, CUDA sources'
@@ -35,6 +36,9 @@ native:
 	  family=$$(basename $$source .cpp); \
 	  tools/native_test.sh $$family build/native-$$family && build/native-$$family 200 || exit 1; \
 	done
+
+gpu-check:
+	$(PYTHON) tools/gpu_check.py
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench --family $(FAMILY)

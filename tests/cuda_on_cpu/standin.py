@@ -236,7 +236,9 @@ def record(folder: Path) -> None:
                 entry = found.setdefault(name, {"launches": 0, "seeds": []})
                 entry["launches"] += tally["launches"]
                 entry["seeds"] = sorted({*entry["seeds"], *tally["seeds"]})
-        (folder / f"tally-{kernels.build}.json").write_text(json.dumps({"kernels": found}, indent=2, sort_keys=True) + "\n")
+        (folder / f"tally-{kernels.build}.json").write_text(
+            json.dumps({"kernels": found}, indent=2, sort_keys=True) + "\n"
+        )
 
 
 def _name_of(library: Path, place: int) -> str | None:

@@ -1,0 +1,323 @@
+"""`make gpu-check`: everything about the CUDA kernels that only a GPU can say, within ten minutes.
+
+Builds fastsparse with its CUDA kernels beside the torch that is there (no network: --no-build-isolation --no-deps),
+then on the device: the tests of tests/cuda_on_cpu, `fastsparse check`, compute-sanitizer (memcheck, racecheck) on the small
+cases, and every op timed by CUDA events against its peers over inputs that rotate through more memory than L2 holds.
+Writes docs/gpu-results.json, and the last column of docs/gpu-status.md. What fails or is missing is said and recorded;
+the rest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import gpu_status
+
+ROOT = gpu_status.ROOT
+SITE = ROOT / "build" / "gpu" / "site"
+RESULTS = ROOT / "docs" / "gpu-results.json"
+SECONDS = 570  # of the ten minutes
+
+
+@dataclass
+class Op:
+    """One op at one shape: what runs, its peers, and the work that a ceiling is held against."""
+
+    family: str
+    what: str
+    kernels: tuple[str, ...]
+    make: Callable[[], list[Callable[[], Any]]]  # the call over each set of inputs, so many that L2 can't hold them
+    peers: dict[str, Callable[[], list[Callable[[], Any]]]]
+    work: float  # bytes or operations
+    ceiling: str
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What only a GPU can say about the CUDA kernels.")
+    parser.add_argument("--no-build", action="store_true", help="use the fastsparse that is installed")
+    parser.add_argument(
+        "--device", default="cuda", help="cpu tries this script without a GPU; nothing is recorded then"
+    )
+    options = parser.parse_args()
+    end = time.monotonic() + SECONDS
+    results: dict[str, Any] = {"steps": {}, "commit": _commit()}
+    environment = {**os.environ, "FASTSPARSE_UNPROVEN": "1", "FASTSPARSE_TEST_DEVICE": options.device}
+    if not options.no_build:
+        step(results, "build", BUILD, environment, end, limit=300)
+        environment["PYTHONPATH"] = str(SITE)
+        sys.path.insert(0, str(SITE))
+        if results["steps"]["build"]["status"] != 0:
+            return finish(results, options.device)
+    os.environ.update(environment)
+    tests = [sys.executable, "tests/cuda_on_cpu/plain.py"]
+    step(results, "tests", tests, environment, end, limit=180)
+    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    for tool in ("memcheck", "racecheck"):
+        if sanitizer is None:
+            results["steps"][tool] = {"status": None, "tail": "compute-sanitizer is not on this machine"}
+        else:
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *tests, "--small"]
+            step(results, tool, command, environment, end, limit=100)
+    try:
+        measure(results, options.device, end)
+    except Exception as error:  # the tests' results stand without it
+        results["steps"]["timing"] = {"status": 1, "tail": f"{type(error).__name__}: {error}"}
+    return finish(results, options.device)
+
+
+BUILD = [
+    *(sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--upgrade", "--target", str(SITE)),
+    *("-C", "cmake.define.FASTSPARSE_CUDA=ON", "-C", "build-dir=build/gpu/cmake", "."),
+]
+
+
+def step(
+    results: dict[str, Any], name: str, command: list[str], environment: dict[str, str], end: float, limit: float
+) -> None:
+    print(f"--- {name}: {' '.join(command)}", flush=True)
+    begin = time.monotonic()
+    limit = min(limit, end - begin)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, timeout=max(limit, 1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        status, output = done.returncode, done.stdout.decode(errors="replace")
+    except subprocess.TimeoutExpired as error:
+        status, output = 124, (error.stdout or b"").decode(errors="replace") + f"\nno end after {limit:.0f} s"
+    print(output[-3000:], flush=True)
+    seconds = round(time.monotonic() - begin, 1)
+    results["steps"][name] = {"status": status, "seconds": seconds, "tail": output[-2000:]}
+
+
+def finish(results: dict[str, Any], device: str) -> int:
+    bad = [name for name, found in results["steps"].items() if found["status"] != 0]
+    print(json.dumps({**results, "steps": {k: v["status"] for k, v in results["steps"].items()}}, indent=1))
+    print(f"gpu-check: {'all steps passed' if not bad else 'not passed: ' + ', '.join(bad)}", flush=True)
+    if device != "cpu":
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        facts = gpu_status.load()
+        record(results, facts.setdefault("kernels", {}))
+        gpu_status.write(facts)
+    return 1 if bad else 0
+
+
+def record(results: dict[str, Any], kernels: dict[str, Any]) -> None:
+    """The hardware's part of docs/gpu-status.json: only for kernels of families that `check` really ran."""
+    held = {row["family"]: row for row in results.get("check", [])}
+    tests = results["steps"].get("tests", {}).get("status")
+    for name in gpu_status.kernels_in_sources():
+        row = held.get(name.split("/")[1])
+        if row is None or row["cases"] == 0:
+            continue
+        ok = tests == 0 and row["result"] == "ok"
+        timings = [timing for timing in results.get("timings", []) if name.split()[1] in timing["kernels"]]
+        kernels.setdefault(name, {})["hardware"] = {
+            "device": results["device"],
+            "commit": results["commit"],
+            "result": "tests passed" if ok else "FAILED",
+            "worst": row["worst"],
+            "timings": timings,
+        }
+
+
+# --- Timing: only from here on torch is needed ------------------------------------------------------------------------
+
+
+def measure(results: dict[str, Any], device: str, end: float) -> None:
+    import torch
+
+    import fastsparse
+
+    results["device"] = torch.cuda.get_device_name() if device != "cpu" else "cpu"
+    results["torch"], results["info"] = torch.__version__, fastsparse.info()
+    results["check"] = fastsparse.check(device).rows
+    results["steps"]["check"] = {"status": 0 if all(row["result"] == "ok" for row in results["check"]) else 1}
+    ceilings = results["ceilings"] = measure_ceilings(device)
+    results["timings"] = []
+    for op in ops(device):
+        if time.monotonic() > end:
+            results["steps"]["timing"] = {"status": 124, "tail": f"no time left for {op.what}"}
+            return
+        row: dict[str, Any] = {"family": op.family, "what": op.what, "kernels": op.kernels, "ceiling": op.ceiling}
+        row["seconds"] = seconds(op.make(), device)
+        row["fraction"] = op.work / row["seconds"] / ceilings[op.ceiling]
+        for name, make in op.peers.items():
+            try:
+                row.setdefault("peers", {})[name] = seconds(make(), device)
+            except Exception as error:  # a peer that can't is no reason to lose our figure
+                row.setdefault("peers", {})[name] = f"{type(error).__name__}: {error}"
+        results["timings"].append(row)
+        ratios = {
+            k: f"{v / row['seconds']:.2f}x" if isinstance(v, float) else v for k, v in row.get("peers", {}).items()
+        }
+        print(f"{op.what}: {row['seconds'] * 1e6:.1f} us, {row['fraction']:.2f} of {op.ceiling}; {ratios}", flush=True)
+    results["steps"]["timing"] = {"status": 0}
+
+
+def measure_ceilings(device: str) -> dict[str, float]:
+    """What the device reaches by torch's own means: bytes copied a second, int8 and fp16 operations a second."""
+    import torch
+
+    side = 8192 if device != "cpu" else 256
+    source = torch.empty(side * side * 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    a8 = torch.ones(side, side, dtype=torch.int8, device=device)
+    a16 = torch.ones(side, side, dtype=torch.float16, device=device)
+    return {
+        "copy": 2 * source.nbytes / seconds([lambda: target.copy_(source)], device),
+        "int8": 2 * side**3 / seconds([lambda: torch._int_mm(a8, a8.t())], device),
+        "fp16": 2 * side**3 / seconds([lambda: a16 @ a16.t()], device),
+    }
+
+
+def seconds(calls: list[Callable[[], Any]], device: str) -> float:
+    """Of one call: the median of 15 bursts between CUDA events, each burst once round all sets of inputs or more."""
+    import torch
+
+    rounds = max(1, 20 // len(calls))
+    found = []
+    for burst in range(18):
+        if device == "cpu":
+            begin = time.perf_counter()
+        else:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+        for _ in range(rounds):
+            for call in calls:
+                call()
+        if device == "cpu":
+            elapsed = time.perf_counter() - begin
+        else:
+            last.record()
+            torch.cuda.synchronize()
+            elapsed = first.elapsed_time(last) / 1e3
+        if burst >= 3:  # the first ones warm up
+            found.append(elapsed / (rounds * len(calls)))
+    return sorted(found)[len(found) // 2]
+
+
+def ops(device: str) -> Iterator[Op]:
+    import torch
+    from torch.nn import functional as F
+
+    import fastsparse.ops as fs
+
+    small = device == "cpu"
+
+    def sets(make: Callable[[], tuple[Any, ...]], call: Callable[..., Any]) -> Callable[[], list[Callable[[], Any]]]:
+        """The call over so many sets of inputs that together they are larger than any L2."""
+
+        def calls() -> list[Callable[[], Any]]:
+            first = make()
+            one = sum(value.nbytes for value in first if isinstance(value, torch.Tensor))
+            count = 2 if small else max(2, min(64, 256 * 2**20 // max(one, 1)))
+            inputs = [first, *(make() for _ in range(count - 1))]
+            return [lambda values=values: call(*values) for values in inputs]  # type: ignore[misc]
+
+        return calls
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def eager_int8(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        x_scale = x.abs().amax(1, keepdim=True).float() / 127
+        codes = (x / x_scale).round().clamp(-128, 127).to(torch.int8)
+        return (torch._int_mm(codes, w.t()).float() * x_scale * scale).to(x.dtype)
+
+    n = k = 64 if small else 4096
+    for m in (1, 16, 128, 2048):
+        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        pack = fs.pack(codes).to(device)
+        w, scale = codes.to(device), torch.rand(n, device=device)
+        dense = random(n, k, dtype=torch.bfloat16)
+        few = m < 64
+        yield Op(
+            "int8_gemm",
+            f"int8_linear {m}x{n}x{k} bf16",
+            ("multiply", "quantize_rows"),
+            # Few rows are bound by the weights' bytes, so these rotate too.
+            sets(
+                lambda m=m, pack=pack: (random(m, k, dtype=torch.bfloat16), pack.clone()),
+                lambda x, p, s=scale: fs.int8_linear(x, p, s),
+            ),
+            {
+                "eager quantize + _int_mm + epilogue": sets(
+                    lambda m=m, w=w: (random(m, k, dtype=torch.bfloat16), w.clone()),
+                    lambda x, w, s=scale: eager_int8(x, w, s),
+                ),
+                "bf16 linear": sets(lambda m=m, d=dense: (random(m, k, dtype=torch.bfloat16), d.clone()), F.linear),
+            },
+            n * k if few else 2 * m * n * k,
+            "copy" if few else "int8",
+        )
+
+    rows, columns = (64, 64) if small else (8192, 4096)
+    size = rows * columns
+    one = torch.tensor([0.02], device=device)
+    x = lambda: (random(rows, columns),)  # noqa: E731
+    coded = lambda: (torch.randint(-128, 128, (rows, columns), dtype=torch.int8, device=device),)  # noqa: E731
+
+    def eager_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = x.abs().amax(1, keepdim=True) / 127
+        return (x / scale).round().to(torch.int8), scale
+
+    def eager_fake(x: torch.Tensor) -> torch.Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, 0.02, 0, -128, 127)
+
+    shape = f"{rows}x{columns} fp32"
+    yield Op(
+        "qdq",
+        f"quantize_per_token {shape}",
+        ("token_by_warp", "token_by_block"),
+        sets(x, fs.quantize_per_token),
+        {"eager": sets(x, eager_token)},
+        5 * size,
+        "copy",
+    )
+    yield Op(
+        "qdq",
+        f"quantize {shape}",
+        ("quantize_all",),
+        sets(x, lambda x: fs.quantize(x, one)),
+        {"eager": sets(x, lambda x: (x / one).round().clamp(-128, 127).to(torch.int8))},
+        5 * size,
+        "copy",
+    )
+    yield Op(
+        "qdq",
+        f"dequantize {shape}",
+        ("dequantize_all",),
+        sets(coded, lambda c: fs.dequantize(c, one)),
+        {"eager": sets(coded, lambda c: c * one)},
+        5 * size,
+        "copy",
+    )
+    yield Op(
+        "qdq",
+        f"fake_quantize {shape}",
+        ("fake_quantize_all",),
+        sets(x, lambda x: fs.fake_quantize(x, one)),
+        {"torch": sets(x, eager_fake)},
+        8 * size,
+        "copy",
+    )
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
