@@ -32,7 +32,7 @@ using fs::DType;
 
 inline constexpr int kLanes = 16;
 inline constexpr int64_t kChunk = 1024;
-inline constexpr int64_t kKept = 16 * kChunk;  // 2 or 3 floats a logit of scratch: 128 or 192 KB, in L2
+inline constexpr int64_t kKept = 256 * kChunk;  // 3 floats a logit of scratch: at most 3 MB
 inline constexpr int64_t kMaxKeptChunks = kKept / kChunk;
 inline constexpr double kSmall = 0.1;
 

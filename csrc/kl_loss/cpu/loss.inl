@@ -11,22 +11,121 @@ using S = Simd;
 using F = Simd::F;
 
 constexpr int kVecs = kLanes / S::kWidth;  // a group of kLanes logits is so many vectors
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// 2^x for x <= 0 and 0 for -inf; x is held at -125, so that what is finite stays above 0 (and no denormal is made).
-// x + bias rounds x to a whole number whose low bits are the exponent; degree 5 on [-0.5, 0.5], 9e-8 relative. NaN
-// stays. Inlined by force, as what calls it: gcc 12 would call it, with the sums in memory.
-__attribute__((always_inline)) inline F exp2_nonpositive(F x) {
-  const F bias = S::set1(12582912.0f + 127.0f);
-  const F held = S::max(S::set1(-125.0f), x);
-  const F y = S::add(held, bias);
-  const F r = S::sub(held, S::sub(y, bias));
-  F p = S::set1(1.326468e-3f);
-  p = S::fma(p, r, S::set1(9.671508e-3f));
-  p = S::fma(p, r, S::set1(5.550734e-2f));
-  p = S::fma(p, r, S::set1(2.4022242e-1f));
-  p = S::fma(p, r, S::set1(6.9314698e-1f));
-  p = S::fma(p, r, S::set1(1.0f));
-  return S::zero_where_equal(x, S::set1(-__builtin_inff()), S::mul(p, S::low_bits_to_exponent(y)));
+// N vectors with names of their own, through nested structs: gcc 12 spills an array of them. What works on them is
+// inlined by force: gcc 12 would call it, with the vectors in memory.
+#define FS_INLINE __attribute__((always_inline)) inline
+template <int N>
+struct Vecs {
+  Vecs<N - 1> rest;
+  F last;
+};
+template <>
+struct Vecs<0> {};
+
+template <int N>
+FS_INLINE Vecs<N> load(const float* p) {
+  if constexpr (N == 0)
+    return {};
+  else
+    return {load<N - 1>(p), S::load(p + (N - 1) * S::kWidth)};
+}
+template <int N>
+FS_INLINE void store(float* p, const Vecs<N>& x) {
+  if constexpr (N > 0) {
+    store(p, x.rest);
+    S::store(p + (N - 1) * S::kWidth, x.last);
+  }
+}
+template <int N>
+FS_INLINE Vecs<N> same(F x) {
+  if constexpr (N == 0)
+    return {};
+  else
+    return {same<N - 1>(x), x};
+}
+// f of every vector, or of the vectors at the same place.
+template <class Fn, int N, class... More>
+FS_INLINE Vecs<N> each(Fn f, const Vecs<N>& x, const More&... more) {
+  if constexpr (N == 0)
+    return {};
+  else
+    return {each(f, x.rest, more.rest...), f(x.last, more.last...)};
+}
+template <int I, int N>
+FS_INLINE F& at(Vecs<N>& x) {
+  if constexpr (I == N - 1)
+    return x.last;
+  else
+    return at<I>(x.rest);
+}
+// sum[i % kVecs] = f(sum[i % kVecs], x[i], ...) for i = 0, 1, ...: each of the kLanes lanes in the order of the logits.
+template <class Fn, int N, class... More>
+FS_INLINE void fold(Fn f, Vecs<kVecs>& sum, const Vecs<N>& x, const More&... more) {
+  if constexpr (N > 0) {
+    fold(f, sum, x.rest, more.rest...);
+    F& lane = at<(N - 1) % kVecs>(sum);
+    lane = f(lane, x.last, more.last...);
+  }
+}
+
+FS_INLINE F add(F a, F b) { return S::add(a, b); }
+FS_INLINE F neg_inf() { return S::set1(-__builtin_inff()); }
+
+// An exponential relative to a reference: 2^(x * by - ref). ref is whole, so that it goes into the rounding of x * by
+// for nothing and moving from one to another multiplies by a power of two. It lies at the maximum: `rest` = max * by -
+// ref is in [-0.5, 0.5].
+struct Exponential {
+  float by;    // log2(e) / temperature, rounded once: all is computed as at the temperature that this stands for
+  double ref;  // rint(max * by); not finite if the maximum is not
+  double rest;
+  Exponential(float by, float max) : by(by) {
+    const double top = static_cast<double>(max) * static_cast<double>(by);
+    ref = __builtin_rint(top);
+    rest = top - ref;
+  }
+};
+
+constexpr float kRound = 12582912.0f + 127.0f;  // x + kRound is whole, and its low bits are the exponent of 2^x
+constexpr double kNearRef = 2097152.0;          // kRound - ref is exact below
+
+// 2^r for r in [-0.5, 0.5], degree 5, 9e-8 relative.
+template <int N>
+FS_INLINE Vecs<N> exp2_small(const Vecs<N>& r) {
+  Vecs<N> p = each([&](F x) { return S::fma(S::set1(1.326468e-3f), x, S::set1(9.671508e-3f)); }, r);
+  p = each([&](F p, F x) { return S::fma(p, x, S::set1(5.550734e-2f)); }, p, r);
+  p = each([&](F p, F x) { return S::fma(p, x, S::set1(2.4022242e-1f)); }, p, r);
+  p = each([&](F p, F x) { return S::fma(p, x, S::set1(6.9314698e-1f)); }, p, r);
+  return each([&](F p, F x) { return S::fma(p, x, S::set1(1.0f)); }, p, r);
+}
+
+// Near: every x * by - ref is in [-125, 1] or NaN, and |ref| <= kNearRef. Nothing is clamped or masked.
+struct Near {
+  F by, round;  // round: kRound - ref
+  Near(const Exponential& e) : by(S::set1(e.by)), round(S::set1(static_cast<float>(kRound - e.ref))) {}
+};
+template <int N>
+FS_INLINE Vecs<N> exp_near(const Vecs<N>& x, const Near& c) {
+  const Vecs<N> y = each([&](F x) { return S::fma(x, c.by, c.round); }, x);
+  const Vecs<N> whole = each([&](F y) { return S::sub(c.round, y); }, y);
+  const Vecs<N> r = each([&](F x, F w) { return S::fma(x, c.by, w); }, x, whole);
+  const Vecs<N> p = exp2_small(r);
+  return each([&](F p, F y) { return S::mul(p, S::low_bits_to_exponent(y)); }, p, y);
+}
+
+// Any x: held at 2^-125, so that what is finite stays above 0 (and no denormal is made); 0 for -inf. NaN stays.
+struct Any {
+  F by, rest, max;
+  Any(const Exponential& e, float max)
+      : by(S::set1(e.by)), rest(S::set1(static_cast<float>(e.rest))), max(S::set1(max)) {}
+};
+FS_INLINE F exp_any(F x, const Any& c) {
+  const F power = S::fma(S::sub(x, c.max), c.by, c.rest);
+  const F held = S::max(S::set1(-125.0f), power);
+  const F y = S::add(held, S::set1(kRound));
+  const Vecs<1> p = exp2_small(Vecs<1>{{}, S::sub(held, S::sub(y, S::set1(kRound)))});
+  return S::zero_where_equal(power, neg_inf(), S::mul(p.last, S::low_bits_to_exponent(y)));
 }
 
 inline void fill_minus_inf(float* p) { *p = -__builtin_inff(); }
@@ -43,88 +142,118 @@ struct Padded {
   }
 };
 
-// What a chunk or a row is computed with.
-struct Scale {
-  F s_max, t_max;    // of the logits so far
-  F by_temperature;  // log2(e) / T
-  F plain;           // log2(e)
-};
-
-inline F exp_at(F shifted, F by) { return exp2_nonpositive(S::mul(shifted, by)); }
-
-// Sums of a chunk, lane by lane, named through nested structs: gcc 12 spills an array of them.
-template <int kCount>
-struct Lanes {
-  Lanes<kCount - 1> rest;
-  F z_s, z_t, z_1, w;
-};
-template <>
-struct Lanes<0> {};
-
-inline void clear(Lanes<0>&) {}
-template <int kCount>
-inline void clear(Lanes<kCount>& l) {
-  clear(l.rest);
-  l.z_s = l.z_t = l.z_1 = l.w = S::set1(0.0f);
+// A float copy of a group of logits, masked behind the n of them that there are.
+template <class T>
+inline void copy_group(const T* p, int64_t n, float* to) {
+  const Padded<T> group(p, n);
+  for (int at = 0; at < kLanes; at += S::kWidth) S::store(to + at, S::load(group.v + at));
 }
 
-template <bool kThree, class T>
-inline void add_group(Lanes<0>&, const T*, const T*, const Scale&, float*, int64_t) {}
-// kThree: also the exponentials of temperature 1. kept (or null): where the group's exponentials go, stride apart.
-template <bool kThree, class T, int kCount>
-__attribute__((always_inline)) inline void add_group(Lanes<kCount>& l, const T* s, const T* t, const Scale& c,
-                                                     float* kept, int64_t stride) {
-  add_group<kThree>(l.rest, s, t, c, kept, stride);
-  constexpr int at = (kCount - 1) * S::kWidth;
-  const F ds = S::sub(S::load(s + at), c.s_max), dt = S::sub(S::load(t + at), c.t_max);
-  const F e_s = exp_at(ds, c.by_temperature), e_t = exp_at(dt, c.by_temperature);
-  l.z_s = S::add(l.z_s, e_s);
-  l.z_t = S::add(l.z_t, e_t);
-  l.w = S::fma(e_t, S::zero_where_equal(dt, S::set1(-__builtin_inff()), S::sub(dt, ds)), l.w);
+// What a row's exponentials are computed with: those of the student, the teacher, the student at temperature 1.
+struct Scale {
+  float s_max, t_max;  // of the logits so far
+  Exponential s, t, one;
+  Scale(float s_max, float t_max, float by)
+      : s_max(s_max), t_max(t_max), s(by, s_max), t(by, t_max), one(static_cast<float>(kLog2E), s_max) {}
+};
+
+// Sums of a chunk, lane by lane.
+struct Lanes {
+  Vecs<kVecs> z_s, z_t, z_1, w;
+};
+
+// The lanes' sum in double, in the order of the lanes: the same on every level.
+inline double flush(const Vecs<kVecs>& lanes) {
+  float f[kLanes];
+  store(f, lanes);
+  double sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += static_cast<double>(f[i]);
+  return sum;
+}
+
+// The exponentials of N vectors, into sum and (where kept is not null) into kept.
+template <int N>
+FS_INLINE Vecs<N> add_near(const float* x, const Near& c, Vecs<kVecs>& sum, float* kept) {
+  const Vecs<N> e = exp_near(load<N>(x), c);
+  fold([](F sum, F e) { return S::add(sum, e); }, sum, e);
+  if (kept != nullptr) store(kept, e);
+  return e;
+}
+// w += e_t * (log p_t - log p_s) up to what the maxima and normalizers add.
+template <int N>
+FS_INLINE void add_weighted(const Vecs<N>& e_t, const float* s, const float* t, F s_max, F t_max, Vecs<kVecs>& w) {
+  const Vecs<N> d_s = each([&](F x) { return S::sub(x, s_max); }, load<N>(s));
+  const Vecs<N> d_t = each([&](F x) { return S::sub(x, t_max); }, load<N>(t));
+  fold([](F w, F e, F d_t, F d_s) { return S::fma(e, S::sub(d_t, d_s), w); }, w, e_t, d_t, d_s);
+}
+
+constexpr int kPair = 2 * kVecs;  // two groups at once hide the latency of fma
+template <bool kKeep>
+inline void sum_near(const float* x, int64_t n, const Exponential& e, Vecs<kVecs>& sum, float* kept) {
+  const Near c(e);
+  Vecs<kVecs> z = sum;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) add_near<kPair>(x + i, c, z, kKeep ? kept + i : nullptr);
+  if (i < n) add_near<kVecs>(x + i, c, z, kKeep ? kept + i : nullptr);
+  sum = z;
+}
+template <bool kKeep>
+inline void sum_weighted(const float* s, const float* t, int64_t n, const Scale& scale, Lanes& lanes, float* kept) {
+  const Near c(scale.t);
+  const F s_max = S::set1(scale.s_max), t_max = S::set1(scale.t_max);
+  Vecs<kVecs> z = lanes.z_t, w = lanes.w;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+    add_weighted(add_near<kPair>(t + i, c, z, kKeep ? kept + i : nullptr), s + i, t + i, s_max, t_max, w);
+  if (i < n) add_weighted(add_near<kVecs>(t + i, c, z, kKeep ? kept + i : nullptr), s + i, t + i, s_max, t_max, w);
+  lanes.z_t = z;
+  lanes.w = w;
+}
+
+// The same for logits of any kind, a group of kLanes.
+template <bool kThree>
+inline void add_any(const float* s, const float* t, const Scale& c, Lanes& l, float* kept, int64_t stride) {
+  const Any of_s(c.s, c.s_max), of_t(c.t, c.t_max), of_one(c.one, c.s_max);
+  const auto sum = [](F a, F b) { return S::add(a, b); };
+  const Vecs<kVecs> x_s = load<kVecs>(s), x_t = load<kVecs>(t);
+  const Vecs<kVecs> e_s = each([&](F x) { return exp_any(x, of_s); }, x_s);
+  const Vecs<kVecs> e_t = each([&](F x) { return exp_any(x, of_t); }, x_t);
+  fold(sum, l.z_s, e_s);
+  fold(sum, l.z_t, e_t);
+  fold(
+      [&](F w, F e, F x_s, F x_t) {
+        const F d_t = S::sub(x_t, of_t.max);
+        return S::fma(e, S::zero_where_equal(d_t, neg_inf(), S::sub(d_t, S::sub(x_s, of_s.max))), w);
+      },
+      l.w, e_t, x_s, x_t);
   if (kept != nullptr) {
-    S::store(kept + at, e_s);
-    S::store(kept + stride + at, e_t);
+    store(kept, e_s);
+    store(kept + stride, e_t);
   }
   if constexpr (kThree) {
-    const F e_1 = exp_at(ds, c.plain);
-    l.z_1 = S::add(l.z_1, e_1);
-    if (kept != nullptr) S::store(kept + 2 * stride + at, e_1);
+    const Vecs<kVecs> e_1 = each([&](F x) { return exp_any(x, of_one); }, x_s);
+    fold(sum, l.z_1, e_1);
+    if (kept != nullptr) store(kept + 2 * stride, e_1);
   }
 }
 
-// The lanes' sums in double, in the order of the lanes: the same on every level.
-struct ChunkSums {
-  double z_s = 0, z_t = 0, z_1 = 0, w = 0;
+// A NaN is passed over: it comes through the exponentials.
+struct Range {
+  F max, min;
 };
-struct Flushed {
-  float z_s[kLanes], z_t[kLanes], z_1[kLanes], w[kLanes];
-};
-inline void store(const Lanes<0>&, Flushed&) {}
-template <int kCount>
-inline void store(const Lanes<kCount>& l, Flushed& f) {
-  store(l.rest, f);
-  constexpr int at = (kCount - 1) * S::kWidth;
-  S::store(f.z_s + at, l.z_s);
-  S::store(f.z_t + at, l.z_t);
-  S::store(f.z_1 + at, l.z_1);
-  S::store(f.w + at, l.w);
-}
-inline ChunkSums flush(const Lanes<kVecs>& l) {
-  Flushed f;
-  store(l, f);
-  ChunkSums sums;
-  for (int i = 0; i < kLanes; ++i) {
-    sums.z_s += static_cast<double>(f.z_s[i]);
-    sums.z_t += static_cast<double>(f.z_t[i]);
-    sums.z_1 += static_cast<double>(f.z_1[i]);
-    sums.w += static_cast<double>(f.w[i]);
-  }
-  return sums;
-}
-
 template <class T>
-inline void max_group(const T* x, F& m) {  // a NaN is passed over: it comes through the exponentials
-  for (int at = 0; at < kLanes; at += S::kWidth) m = S::max(S::load(x + at), m);
+FS_INLINE void add_range(const T* x, Range& r, float* wide) {
+  for (int at = 0; at < kLanes; at += S::kWidth) {
+    const F v = S::load(x + at);
+    r.max = S::max(v, r.max);
+    r.min = S::min(v, r.min);
+    if (wide != nullptr) S::store(wide + at, v);
+  }
+}
+inline float min_across(F x) { return -S::max_across(S::sub(S::set1(0.0f), x)); }
+
+inline bool near(const Exponential& e, float min) {
+  return __builtin_fabs(e.ref) <= kNearRef && static_cast<double>(min) * static_cast<double>(e.by) - e.ref >= -124.0;
 }
 
 // The running state of a row.
@@ -133,71 +262,103 @@ struct RowState {
   double z_s = 0, z_t = 0, z_1 = 0, w = 0;
 };
 
-// e^x for a rescale; never 0, which times an infinite sum would be NaN.
+// 2^x for a rescale; never 0, which times an infinite sum would be NaN.
 inline double shrink(double x) {
-  const double e = __builtin_exp(x);
+  const double e = __builtin_exp2(x);
   return e < 1e-300 ? 1e-300 : e;
 }
 
+// Logits that are not float are made so once, where a chunk is first read.
+template <class T>
+struct Wide {
+  float s[kChunk], t[kChunk];
+};
+template <>
+struct Wide<float> {};
+
 template <bool kThree, class T>
-void add_chunk(RowState& row, const T* s, const T* t, int64_t n, double inverse_temperature, float* kept,
-               int64_t stride) {
-  constexpr double kLog2E = 1.4426950408889634;
+void add_chunk(RowState& row, const T* s, const T* t, int64_t n, float by, float* kept, int64_t stride) {
+  constexpr bool kCopied = sizeof(T) != sizeof(float);
   const int64_t whole = n / kLanes * kLanes;
-  const Padded<T> s_rest(s + whole, n - whole), t_rest(t + whole, n - whole);
-  F s_max = S::set1(row.s_max), t_max = S::set1(row.t_max);
+  float s_rest[kLanes], t_rest[kLanes];
+  copy_group(s + whole, n - whole, s_rest);
+  copy_group(t + whole, n - whole, t_rest);
+  Wide<T> wide;
+  const float *s_whole, *t_whole;
+  float *s_copy = nullptr, *t_copy = nullptr;
+  if constexpr (kCopied) {
+    s_whole = s_copy = wide.s;
+    t_whole = t_copy = wide.t;
+  } else {
+    s_whole = s;
+    t_whole = t;
+  }
+  Range r_s{S::set1(row.s_max), S::set1(FLT_MAX)}, r_t{S::set1(row.t_max), S::set1(FLT_MAX)};
   for (int64_t i = 0; i < whole; i += kLanes) {
     constexpr int64_t kNext = kChunk, kFar = 4 * kChunk;  // to L1 and L2; beyond the end a prefetch does nothing
     __builtin_prefetch(s + i + kNext, 0, 3);
     __builtin_prefetch(t + i + kNext, 0, 3);
     __builtin_prefetch(s + i + kFar, 0, 2);
     __builtin_prefetch(t + i + kFar, 0, 2);
-    max_group(s + i, s_max);
-    max_group(t + i, t_max);
+    add_range(s + i, r_s, kCopied ? s_copy + i : nullptr);
+    add_range(t + i, r_t, kCopied ? t_copy + i : nullptr);
   }
-  max_group(s_rest.v, s_max);
-  max_group(t_rest.v, t_max);
-  const float s_now = S::max_across(s_max), t_now = S::max_across(t_max);
-  if (s_now != row.s_max || t_now != row.t_max) {
-    const double up_s = static_cast<double>(row.s_max) - static_cast<double>(s_now);
-    const double up_t = static_cast<double>(row.t_max) - static_cast<double>(t_now);
-    const double shrink_t = shrink(up_t * inverse_temperature);
+  const float s_min = min_across(r_s.min), t_min = min_across(r_t.min);
+  add_range(s_rest, r_s, nullptr);  // what is behind it is masked and no maximum
+  add_range(t_rest, r_t, nullptr);
+  const Scale now(S::max_across(r_s.max), S::max_across(r_t.max), by);
+  if (now.s_max != row.s_max || now.t_max != row.t_max) {
+    const Scale before(row.s_max, row.t_max, by);
+    const double up_s = static_cast<double>(row.s_max) - static_cast<double>(now.s_max);
+    const double up_t = static_cast<double>(row.t_max) - static_cast<double>(now.t_max);
+    const double shrink_t = shrink(before.t.ref - now.t.ref);
     row.w = shrink_t * (row.w + row.z_t * (up_t - up_s));
     row.z_t *= shrink_t;
-    row.z_s *= shrink(up_s * inverse_temperature);
-    row.z_1 *= shrink(up_s);
-    row.s_max = s_now;
-    row.t_max = t_now;
+    row.z_s *= shrink(before.s.ref - now.s.ref);
+    row.z_1 *= shrink(before.one.ref - now.one.ref);
+    row.s_max = now.s_max;
+    row.t_max = now.t_max;
   }
-  const Scale c{S::set1(s_now), S::set1(t_now), S::set1(static_cast<float>(kLog2E * inverse_temperature)),
-                S::set1(static_cast<float>(kLog2E))};
-  Lanes<kVecs> lanes;
-  clear(lanes);
-  if (kept == nullptr) {
-    for (int64_t i = 0; i < whole; i += kLanes) add_group<kThree>(lanes, s + i, t + i, c, nullptr, 0);
+  const Vecs<kVecs> zero = same<kVecs>(S::set1(0.0f));
+  Lanes lanes{zero, zero, zero, zero};
+  if (near(now.s, s_min) && near(now.t, t_min) && (!kThree || near(now.one, s_min))) {
+    if (kept != nullptr) {
+      sum_near<true>(s_whole, whole, now.s, lanes.z_s, kept);
+      sum_weighted<true>(s_whole, t_whole, whole, now, lanes, kept + stride);
+      if (kThree) sum_near<true>(s_whole, whole, now.one, lanes.z_1, kept + 2 * stride);
+    } else {
+      sum_near<false>(s_whole, whole, now.s, lanes.z_s, nullptr);
+      sum_weighted<false>(s_whole, t_whole, whole, now, lanes, nullptr);
+      if (kThree) sum_near<false>(s_whole, whole, now.one, lanes.z_1, nullptr);
+    }
   } else {
-    for (int64_t i = 0; i < whole; i += kLanes) add_group<kThree>(lanes, s + i, t + i, c, kept + i, stride);
+    for (int64_t i = 0; i < whole; i += kLanes)
+      add_any<kThree>(s_whole + i, t_whole + i, now, lanes, kept == nullptr ? nullptr : kept + i, stride);
   }
-  if (whole < n) add_group<kThree>(lanes, s_rest.v, t_rest.v, c, kept == nullptr ? nullptr : kept + whole, stride);
-  const ChunkSums sums = flush(lanes);
-  row.z_s += sums.z_s;
-  row.z_t += sums.z_t;
-  row.z_1 += sums.z_1;
-  row.w += sums.w;
+  if (whole < n) add_any<kThree>(s_rest, t_rest, now, lanes, kept == nullptr ? nullptr : kept + whole, stride);
+  row.z_s += flush(lanes.z_s);
+  row.z_t += flush(lanes.z_t);
+  if (kThree) row.z_1 += flush(lanes.z_1);
+  row.w += flush(lanes.w);
 }
+
+// How the exponentials of a row are computed again.
+struct Again {
+  Any s, t, one;
+  Again(const Scale& c) : s(c.s, c.s_max), t(c.t, c.t_max), one(c.one, c.s_max) {}
+};
 
 // The exponentials of one vector: read back, or computed again.
 struct Exps {
   F s, t, one;
 };
 template <bool kThree, bool kKept, class T>
-inline Exps exps_at(const T* s, const T* t, const Scale& c, const float* kept, int64_t stride) {
+FS_INLINE Exps exps_at(const T* s, const T* t, const Again& c, const float* kept, int64_t stride) {
   if constexpr (kKept) {
     return {S::load(kept), S::load(kept + stride), kThree ? S::load(kept + 2 * stride) : S::set1(0.0f)};
   } else {
-    const F ds = S::sub(S::load(s), c.s_max);
-    return {exp_at(ds, c.by_temperature), exp_at(S::sub(S::load(t), c.t_max), c.by_temperature),
-            kThree ? exp_at(ds, c.plain) : S::set1(0.0f)};
+    const F x = S::load(s);
+    return {exp_any(x, c.s), exp_any(S::load(t), c.t), kThree ? exp_any(x, c.one) : S::set1(0.0f)};
   }
 }
 
@@ -232,7 +393,7 @@ struct Row {
   const RowsArgs& a;
   const T* s;
   const T* t;
-  double inverse_temperature;
+  float by;
   int64_t stride;  // between the parts of kept
   RowState sums;
   float s_max_at[kMaxKeptChunks], t_max_at[kMaxKeptChunks];  // what each chunk's kept exponentials are relative to
@@ -241,15 +402,15 @@ struct Row {
       : a(a),
         s(static_cast<const T*>(a.student) + row * a.student_stride),
         t(static_cast<const T*>(a.teacher) + row * a.teacher_stride),
-        inverse_temperature(1.0 / a.temperature),
+        by(static_cast<float>(kLog2E / a.temperature)),
         stride((a.classes + kLanes - 1) / kLanes * kLanes) {}
 
-  double log_z(double z, float max) const { return __builtin_log(z) + static_cast<double>(max) * inverse_temperature; }
+  Scale scale() const { return Scale(sums.s_max, sums.t_max, by); }
 
   void read() {
     for (int64_t i = 0; i < a.classes; i += kChunk) {
       const int64_t n = a.classes - i < kChunk ? a.classes - i : kChunk;
-      add_chunk<kThree>(sums, s + i, t + i, n, inverse_temperature, a.kept == nullptr ? nullptr : a.kept + i, stride);
+      add_chunk<kThree>(sums, s + i, t + i, n, by, a.kept == nullptr ? nullptr : a.kept + i, stride);
       if (a.kept != nullptr) {
         s_max_at[i / kChunk] = sums.s_max;
         t_max_at[i / kChunk] = sums.t_max;
@@ -258,38 +419,40 @@ struct Row {
   }
 
   double kl() const {
-    // (max of t - max of s) / T cancels between w, which is relative to the maxima, and the two normalizers.
-    const double kl = sums.w / sums.z_t * inverse_temperature - __builtin_log(sums.z_t) + __builtin_log(sums.z_s);
+    // w is relative to the maxima, the normalizers to the references: what lies between cancels but for the rests.
+    const Scale c = scale();
+    const double powers = sums.w / sums.z_t * static_cast<double>(by) + c.t.rest - c.s.rest;
+    const double kl = powers * kLn2 - __builtin_log(sums.z_t) + __builtin_log(sums.z_s);
     return kl < kSmall ? small_kl() : kl;
   }
 
-  // The double factors of chunk i: weight / z, and for kept exponentials the way from the chunk's maximum to the row's.
+  // The double factors of chunk i: weight / z, and for kept exponentials the way from the chunk's reference to the
+  // row's.
   Factors factors(int64_t chunk, double w_s, double w_t, double w_1) const {
-    double up_s = 0, up_t = 0;
+    const Scale c = scale();
+    double up_s = 0, up_t = 0, up_1 = 0;
     if (a.kept != nullptr) {
-      up_s = static_cast<double>(s_max_at[chunk]) - static_cast<double>(sums.s_max);
-      up_t = static_cast<double>(t_max_at[chunk]) - static_cast<double>(sums.t_max);
+      const Scale then(s_max_at[chunk], t_max_at[chunk], by);
+      up_s = then.s.ref - c.s.ref;
+      up_t = then.t.ref - c.t.ref;
+      up_1 = then.one.ref - c.one.ref;
     }
     const double z_1 = kThree ? sums.z_1 : 1.0;
-    return {S::set1(static_cast<float>(__builtin_exp(up_s * inverse_temperature) / sums.z_s * w_s)),
-            S::set1(static_cast<float>(__builtin_exp(up_t * inverse_temperature) / sums.z_t * w_t)),
-            S::set1(static_cast<float>(__builtin_exp(up_s) / z_1 * w_1))};
-  }
-
-  Scale scale() const {
-    constexpr double kLog2E = 1.4426950408889634;
-    return {S::set1(sums.s_max), S::set1(sums.t_max), S::set1(static_cast<float>(kLog2E * inverse_temperature)),
-            S::set1(static_cast<float>(kLog2E))};
+    return {S::set1(static_cast<float>(__builtin_exp2(up_s) / sums.z_s * w_s)),
+            S::set1(static_cast<float>(__builtin_exp2(up_t) / sums.z_t * w_t)),
+            S::set1(static_cast<float>(__builtin_exp2(up_1) / z_1 * w_1))};
   }
 
   double small_kl() const { return a.kept != nullptr ? small_kl_of<true>() : small_kl_of<false>(); }
 
   template <bool kKept>
   double small_kl_of() const {
-    const double log_ratio = log_z(sums.z_t, sums.t_max) - log_z(sums.z_s, sums.s_max);
-    const F offset = S::set1(static_cast<float>(log_ratio * a.temperature));
-    const F inverse = S::set1(static_cast<float>(inverse_temperature));
     const Scale c = scale();
+    const Again again(c);
+    const double per_logit = static_cast<double>(by) * kLn2;  // 1 / temperature
+    const double log_ratio = __builtin_log(sums.z_t) - __builtin_log(sums.z_s) + (c.t.ref - c.s.ref) * kLn2;
+    const F offset = S::set1(static_cast<float>(log_ratio / per_logit));
+    const F inverse = S::set1(static_cast<float>(per_logit));
     double total = 0;
     for (int64_t i = 0; i < a.classes; i += kChunk) {
       const Factors f = factors(i / kChunk, 1, 1, 0);
@@ -300,7 +463,7 @@ struct Row {
       const auto group = [&](const T* gs, const T* gt, const float* kept) {
         for (int v = 0; v < kVecs; ++v) {
           const int at = v * S::kWidth;
-          const Exps e = exps_at<false, kKept>(gs + at, gt + at, c, kept + at, stride);
+          const Exps e = exps_at<false, kKept>(gs + at, gt + at, again, kept + at, stride);
           sum[v] = S::add(
               sum[v], bregman(S::load(gs + at), S::load(gt + at), S::mul(e.s, f.s), S::mul(e.t, f.t), offset, inverse));
         }
@@ -318,7 +481,7 @@ struct Row {
 
   template <bool kKept, bool kStream>
   void write_grad(G* grad, int64_t target, double w_s, double w_t, double w_1) const {
-    const Scale c = scale();
+    const Again c(scale());
     const double weight_of_target = a.target == nullptr ? 0 : a.ce_weight;
     for (int64_t i = 0; i < a.classes; i += kChunk) {
       const Factors f = factors(i / kChunk, w_s, w_t, w_1);
@@ -378,11 +541,11 @@ struct Row {
   }
 
   double ce(int64_t target) const {
-    const double z = kThree ? sums.z_1 : sums.z_s;
+    const Exponential e(static_cast<float>(kLog2E), sums.s_max);
     float logit[kLanes];
-    const Padded<T> one(s + target, 1);
-    S::store(logit, S::load(one.v));
-    return __builtin_log(z) + (static_cast<double>(sums.s_max) - static_cast<double>(logit[0]));
+    copy_group(s + target, 1, logit);
+    const double power = e.ref - static_cast<double>(e.by) * static_cast<double>(logit[0]);
+    return __builtin_log(kThree ? sums.z_1 : sums.z_s) + power * kLn2;
   }
 };
 
