@@ -39,11 +39,11 @@ FS_INLINE void store(float* p, const Vecs<N>& x) {
   }
 }
 template <int N>
-FS_INLINE Vecs<N> same(F x) {
+FS_INLINE Vecs<N> zero() {
   if constexpr (N == 0)
     return {};
   else
-    return {same<N - 1>(x), x};
+    return {zero<N - 1>(), S::set1(0.0f)};
 }
 // f of every vector, or of the vectors at the same place.
 template <class Fn, int N, class... More>
@@ -53,33 +53,16 @@ FS_INLINE Vecs<N> each(Fn f, const Vecs<N>& x, const More&... more) {
   else
     return {each(f, x.rest, more.rest...), f(x.last, more.last...)};
 }
-template <int I, int N>
-FS_INLINE F& at(Vecs<N>& x) {
-  if constexpr (I == N - 1)
-    return x.last;
-  else
-    return at<I>(x.rest);
-}
-// sum[i % kVecs] = f(sum[i % kVecs], x[i], ...) for i = 0, 1, ...: each of the kLanes lanes in the order of the logits.
-template <class Fn, int N, class... More>
-FS_INLINE void fold(Fn f, Vecs<kVecs>& sum, const Vecs<N>& x, const More&... more) {
-  if constexpr (N > 0) {
-    fold(f, sum, x.rest, more.rest...);
-    F& lane = at<(N - 1) % kVecs>(sum);
-    lane = f(lane, x.last, more.last...);
-  }
-}
 
-FS_INLINE F add(F a, F b) { return S::add(a, b); }
-FS_INLINE F neg_inf() { return S::set1(-__builtin_inff()); }
+constexpr auto add = [](F a, F b) { return S::add(a, b); };
+FS_INLINE F minus_inf() { return S::set1(-__builtin_inff()); }
 
-// An exponential relative to a reference: 2^(x * by - ref). ref is whole, so that it goes into the rounding of x * by
-// for nothing and moving from one to another multiplies by a power of two. It lies at the maximum: `rest` = max * by -
-// ref is in [-0.5, 0.5].
+// Exponentials are relative to a reference near the maximum: 2^(x * by - ref). It is whole, so that it goes into the
+// rounding of x * by, and a step to another reference is a multiplication by a power of two.
 struct Exponential {
-  float by;    // log2(e) / temperature, rounded once: all is computed as at the temperature that this stands for
-  double ref;  // rint(max * by); not finite if the maximum is not
-  double rest;
+  float by;     // log2(e) / temperature, rounded once: everything is computed at the temperature that this stands for
+  double ref;   // max * by, rounded; not finite if the maximum is not
+  double rest;  // max * by - ref
   Exponential(float by, float max) : by(by) {
     const double top = static_cast<double>(max) * static_cast<double>(by);
     ref = __builtin_rint(top);
@@ -88,7 +71,6 @@ struct Exponential {
 };
 
 constexpr float kRound = 12582912.0f + 127.0f;  // x + kRound is whole, and its low bits are the exponent of 2^x
-constexpr double kNearRef = 2097152.0;          // kRound - ref is exact below
 
 // 2^r for r in [-0.5, 0.5], degree 5, 9e-8 relative.
 template <int N>
@@ -100,11 +82,15 @@ FS_INLINE Vecs<N> exp2_small(const Vecs<N>& r) {
   return each([&](F p, F x) { return S::fma(p, x, S::set1(1.0f)); }, p, r);
 }
 
-// Near: every x * by - ref is in [-125, 1] or NaN, and |ref| <= kNearRef. Nothing is clamped or masked.
+// The usual case, near(): nothing is clamped or masked. A NaN stays.
 struct Near {
   F by, round;  // round: kRound - ref
   Near(const Exponential& e) : by(S::set1(e.by)), round(S::set1(static_cast<float>(kRound - e.ref))) {}
 };
+// Every power from min up is above -125, and kRound - ref is exact.
+inline bool near(const Exponential& e, float min) {
+  return __builtin_fabs(e.ref) <= 0x1p21 && static_cast<double>(min) * static_cast<double>(e.by) - e.ref >= -124.0;
+}
 template <int N>
 FS_INLINE Vecs<N> exp_near(const Vecs<N>& x, const Near& c) {
   const Vecs<N> y = each([&](F x) { return S::fma(x, c.by, c.round); }, x);
@@ -114,7 +100,8 @@ FS_INLINE Vecs<N> exp_near(const Vecs<N>& x, const Near& c) {
   return each([&](F p, F y) { return S::mul(p, S::low_bits_to_exponent(y)); }, p, y);
 }
 
-// Any x: held at 2^-125, so that what is finite stays above 0 (and no denormal is made); 0 for -inf. NaN stays.
+// Any x: the power is held at -125, so that what is finite stays above 0 (and no denormal is made); 0 for -inf. NaN
+// stays.
 struct Any {
   F by, rest, max;
   Any(const Exponential& e, float max)
@@ -125,7 +112,7 @@ FS_INLINE F exp_any(F x, const Any& c) {
   const F held = S::max(S::set1(-125.0f), power);
   const F y = S::add(held, S::set1(kRound));
   const Vecs<1> p = exp2_small(Vecs<1>{{}, S::sub(held, S::sub(y, S::set1(kRound)))});
-  return S::zero_where_equal(power, neg_inf(), S::mul(p.last, S::low_bits_to_exponent(y)));
+  return S::zero_where_equal(power, minus_inf(), S::mul(p.last, S::low_bits_to_exponent(y)));
 }
 
 inline void fill_minus_inf(float* p) { *p = -__builtin_inff(); }
@@ -159,7 +146,7 @@ struct Scale {
 
 // Sums of a chunk, lane by lane.
 struct Lanes {
-  Vecs<kVecs> z_s, z_t, z_1, w;
+  Vecs<kVecs> z_s = zero<kVecs>(), z_t = zero<kVecs>(), z_1 = zero<kVecs>(), w = zero<kVecs>();
 };
 
 // The lanes' sum in double, in the order of the lanes: the same on every level.
@@ -171,68 +158,57 @@ inline double flush(const Vecs<kVecs>& lanes) {
   return sum;
 }
 
-// The exponentials of N vectors, into sum and (where kept is not null) into kept.
-template <int N>
-FS_INLINE Vecs<N> add_near(const float* x, const Near& c, Vecs<kVecs>& sum, float* kept) {
-  const Vecs<N> e = exp_near(load<N>(x), c);
-  fold([](F sum, F e) { return S::add(sum, e); }, sum, e);
-  if (kept != nullptr) store(kept, e);
-  return e;
-}
-// w += e_t * (log p_t - log p_s) up to what the maxima and normalizers add.
-template <int N>
-FS_INLINE void add_weighted(const Vecs<N>& e_t, const float* s, const float* t, F s_max, F t_max, Vecs<kVecs>& w) {
-  const Vecs<N> d_s = each([&](F x) { return S::sub(x, s_max); }, load<N>(s));
-  const Vecs<N> d_t = each([&](F x) { return S::sub(x, t_max); }, load<N>(t));
-  fold([](F w, F e, F d_t, F d_s) { return S::fma(e, S::sub(d_t, d_s), w); }, w, e_t, d_t, d_s);
+// out = the exponentials of n logits, a multiple of kLanes; z += their sum. In two loops: in one, the registers of two
+// groups leave none for the sums.
+inline void exps_near(const float* x, int64_t n, const Exponential& e, Vecs<kVecs>& z, float* out) {
+  const Near c(e);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes)  // two groups at once hide the latency of fma
+    store(out + i, exp_near(load<2 * kVecs>(x + i), c));
+  if (i < n) store(out + i, exp_near(load<kVecs>(x + i), c));
+  Vecs<kVecs> sum = z;
+  for (i = 0; i < n; i += kLanes) sum = each(add, sum, load<kVecs>(out + i));
+  z = sum;
 }
 
-constexpr int kPair = 2 * kVecs;  // two groups at once hide the latency of fma
-template <bool kKeep>
-inline void sum_near(const float* x, int64_t n, const Exponential& e, Vecs<kVecs>& sum, float* kept) {
-  const Near c(e);
-  Vecs<kVecs> z = sum;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) add_near<kPair>(x + i, c, z, kKeep ? kept + i : nullptr);
-  if (i < n) add_near<kVecs>(x + i, c, z, kKeep ? kept + i : nullptr);
-  sum = z;
-}
-template <bool kKeep>
-inline void sum_weighted(const float* s, const float* t, int64_t n, const Scale& scale, Lanes& lanes, float* kept) {
+// The teacher's exponentials (out may be null), their sum and w: sum of e_t * (log p_t - log p_s) but for what the
+// maxima and normalizers add.
+inline void weigh_near(const float* s, const float* t, int64_t n, const Scale& scale, Lanes& lanes, float* out) {
   const Near c(scale.t);
   const F s_max = S::set1(scale.s_max), t_max = S::set1(scale.t_max);
   Vecs<kVecs> z = lanes.z_t, w = lanes.w;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-    add_weighted(add_near<kPair>(t + i, c, z, kKeep ? kept + i : nullptr), s + i, t + i, s_max, t_max, w);
-  if (i < n) add_weighted(add_near<kVecs>(t + i, c, z, kKeep ? kept + i : nullptr), s + i, t + i, s_max, t_max, w);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vecs<kVecs> x_s = load<kVecs>(s + i), x_t = load<kVecs>(t + i), e = exp_near(x_t, c);
+    z = each(add, z, e);
+    w = each([&](F w, F e, F x_s, F x_t) { return S::fma(e, S::sub(S::sub(x_t, t_max), S::sub(x_s, s_max)), w); }, w, e,
+             x_s, x_t);
+    if (out != nullptr) store(out + i, e);
+  }
   lanes.z_t = z;
   lanes.w = w;
 }
 
-// The same for logits of any kind, a group of kLanes.
+// The same for a group of kLanes logits of any kind.
 template <bool kThree>
 inline void add_any(const float* s, const float* t, const Scale& c, Lanes& l, float* kept, int64_t stride) {
   const Any of_s(c.s, c.s_max), of_t(c.t, c.t_max), of_one(c.one, c.s_max);
-  const auto sum = [](F a, F b) { return S::add(a, b); };
   const Vecs<kVecs> x_s = load<kVecs>(s), x_t = load<kVecs>(t);
   const Vecs<kVecs> e_s = each([&](F x) { return exp_any(x, of_s); }, x_s);
   const Vecs<kVecs> e_t = each([&](F x) { return exp_any(x, of_t); }, x_t);
-  fold(sum, l.z_s, e_s);
-  fold(sum, l.z_t, e_t);
-  fold(
-      [&](F w, F e, F x_s, F x_t) {
-        const F d_t = S::sub(x_t, of_t.max);
-        return S::fma(e, S::zero_where_equal(d_t, neg_inf(), S::sub(d_t, S::sub(x_s, of_s.max))), w);
-      },
-      l.w, e_t, x_s, x_t);
+  l.z_s = each(add, l.z_s, e_s);
+  l.z_t = each(add, l.z_t, e_t);
+  const auto weigh = [&](F w, F e, F x_s, F x_t) {
+    const F d_t = S::sub(x_t, of_t.max);
+    return S::fma(e, S::zero_where_equal(d_t, minus_inf(), S::sub(d_t, S::sub(x_s, of_s.max))), w);
+  };
+  l.w = each(weigh, l.w, e_t, x_s, x_t);
   if (kept != nullptr) {
     store(kept, e_s);
     store(kept + stride, e_t);
   }
   if constexpr (kThree) {
     const Vecs<kVecs> e_1 = each([&](F x) { return exp_any(x, of_one); }, x_s);
-    fold(sum, l.z_1, e_1);
+    l.z_1 = each(add, l.z_1, e_1);
     if (kept != nullptr) store(kept + 2 * stride, e_1);
   }
 }
@@ -251,10 +227,6 @@ FS_INLINE void add_range(const T* x, Range& r, float* wide) {
   }
 }
 inline float min_across(F x) { return -S::max_across(S::sub(S::set1(0.0f), x)); }
-
-inline bool near(const Exponential& e, float min) {
-  return __builtin_fabs(e.ref) <= kNearRef && static_cast<double>(min) * static_cast<double>(e.by) - e.ref >= -124.0;
-}
 
 // The running state of a row.
 struct RowState {
@@ -319,18 +291,12 @@ void add_chunk(RowState& row, const T* s, const T* t, int64_t n, float by, float
     row.s_max = now.s_max;
     row.t_max = now.t_max;
   }
-  const Vecs<kVecs> zero = same<kVecs>(S::set1(0.0f));
-  Lanes lanes{zero, zero, zero, zero};
+  Lanes lanes;
   if (near(now.s, s_min) && near(now.t, t_min) && (!kThree || near(now.one, s_min))) {
-    if (kept != nullptr) {
-      sum_near<true>(s_whole, whole, now.s, lanes.z_s, kept);
-      sum_weighted<true>(s_whole, t_whole, whole, now, lanes, kept + stride);
-      if (kThree) sum_near<true>(s_whole, whole, now.one, lanes.z_1, kept + 2 * stride);
-    } else {
-      sum_near<false>(s_whole, whole, now.s, lanes.z_s, nullptr);
-      sum_weighted<false>(s_whole, t_whole, whole, now, lanes, nullptr);
-      if (kThree) sum_near<false>(s_whole, whole, now.one, lanes.z_1, nullptr);
-    }
+    float buffer[kChunk];
+    exps_near(s_whole, whole, now.s, lanes.z_s, kept == nullptr ? buffer : kept);
+    weigh_near(s_whole, t_whole, whole, now, lanes, kept == nullptr ? nullptr : kept + stride);
+    if (kThree) exps_near(s_whole, whole, now.one, lanes.z_1, kept == nullptr ? buffer : kept + 2 * stride);
   } else {
     for (int64_t i = 0; i < whole; i += kLanes)
       add_any<kThree>(s_whole + i, t_whole + i, now, lanes, kept == nullptr ? nullptr : kept + i, stride);
@@ -367,9 +333,12 @@ struct Factors {
   F s, t, one;
 };
 
-// One vector of terms of the Bregman form. Far apart (|d| >= 0.5) the plain sum of the three parts is precise; a class
-// that the teacher masks is infinitely far and adds p_s.
-inline F bregman(F s, F t, F p_s, F p_t, F offset, F inverse_temperature) {
+// One vector of terms of the Bregman form, and of p_t * d. Far apart (|d| >= 0.5) the plain sum of the three parts is
+// precise; a class that the teacher masks is infinitely far and adds p_s.
+struct Terms {
+  F kl, d;
+};
+FS_INLINE Terms bregman(F s, F t, F p_s, F p_t, F offset, F inverse_temperature) {
   const F d = S::mul(S::sub(S::sub(t, s), offset), inverse_temperature);
   F series = S::set1(1.0f / 40320);
   series = S::fma(series, d, S::set1(-1.0f / 5040));
@@ -378,9 +347,10 @@ inline F bregman(F s, F t, F p_s, F p_t, F offset, F inverse_temperature) {
   series = S::fma(series, d, S::set1(1.0f / 24));
   series = S::fma(series, d, S::set1(-1.0f / 6));
   series = S::fma(series, d, S::set1(0.5f));
-  const F near = S::mul(p_t, S::mul(S::mul(d, d), series));
-  const F far = S::fma(p_t, S::zero_where_equal(t, S::set1(-__builtin_inff()), d), S::sub(p_s, p_t));
-  return S::select_negative(S::sub(S::abs(d), S::set1(0.5f)), near, far);
+  const F weighted = S::mul(p_t, S::zero_where_equal(t, minus_inf(), d));
+  const F near = S::mul(S::mul(weighted, d), series);
+  const F far = S::add(weighted, S::sub(p_s, p_t));
+  return {S::select_negative(S::sub(S::abs(d), S::set1(0.5f)), near, far), weighted};
 }
 
 inline F grad_of(const Exps& e, const Factors& f) {  // not fused: equal logits must give exactly 0
@@ -453,30 +423,34 @@ struct Row {
     const double log_ratio = __builtin_log(sums.z_t) - __builtin_log(sums.z_s) + (c.t.ref - c.s.ref) * kLn2;
     const F offset = S::set1(static_cast<float>(log_ratio / per_logit));
     const F inverse = S::set1(static_cast<float>(per_logit));
-    double total = 0;
+    double kl = 0, mean_d = 0;
     for (int64_t i = 0; i < a.classes; i += kChunk) {
       const Factors f = factors(i / kChunk, 1, 1, 0);
       const int64_t end = a.classes - i < kChunk ? a.classes : i + kChunk, whole = end / kLanes * kLanes;
-      float lanes[kLanes];
-      F sum[kVecs];
-      for (int v = 0; v < kVecs; ++v) sum[v] = S::set1(0.0f);
+      float kl_lanes[kLanes] = {}, d_lanes[kLanes] = {};
       const auto group = [&](const T* gs, const T* gt, const float* kept) {
-        for (int v = 0; v < kVecs; ++v) {
-          const int at = v * S::kWidth;
+        for (int at = 0; at < kLanes; at += S::kWidth) {
           const Exps e = exps_at<false, kKept>(gs + at, gt + at, again, kept + at, stride);
-          sum[v] = S::add(
-              sum[v], bregman(S::load(gs + at), S::load(gt + at), S::mul(e.s, f.s), S::mul(e.t, f.t), offset, inverse));
+          const Terms terms =
+              bregman(S::load(gs + at), S::load(gt + at), S::mul(e.s, f.s), S::mul(e.t, f.t), offset, inverse);
+          S::store(kl_lanes + at, S::add(S::load(kl_lanes + at), terms.kl));
+          S::store(d_lanes + at, S::add(S::load(d_lanes + at), terms.d));
         }
       };
-      for (int64_t j = i; j < whole; j += kLanes) group(s + j, t + j, kKept ? a.kept + j : lanes);
+      for (int64_t j = i; j < whole; j += kLanes) group(s + j, t + j, kKept ? a.kept + j : kl_lanes);
       if (whole < end) {
         const Padded<T> s_rest(s + whole, end - whole), t_rest(t + whole, end - whole);
-        group(s_rest.v, t_rest.v, kKept ? a.kept + whole : lanes);
+        group(s_rest.v, t_rest.v, kKept ? a.kept + whole : kl_lanes);
       }
-      for (int v = 0; v < kVecs; ++v) S::store(lanes + v * S::kWidth, sum[v]);
-      for (int j = 0; j < kLanes; ++j) total += static_cast<double>(lanes[j]);
+      for (int j = 0; j < kLanes; ++j) {
+        kl += static_cast<double>(kl_lanes[j]);
+        mean_d += static_cast<double>(d_lanes[j]);
+      }
     }
-    return total;
+    // The rounding of the offset moves every d by mean_d - kl (which is sum p_t (1 - e^-d)), and kl by half its square.
+    const double moved = mean_d - kl;
+    kl -= 0.5 * moved * moved;
+    return kl < 0 ? 0 : kl;
   }
 
   template <bool kKept, bool kStream>
