@@ -24,8 +24,8 @@ struct Vecs {
 template <>
 struct Vecs<0> {};
 
-template <int N>
-FS_INLINE Vecs<N> load(const float* p) {
+template <int N, class T>
+FS_INLINE Vecs<N> load(const T* p) {
   if constexpr (N == 0)
     return {};
   else
@@ -158,17 +158,19 @@ inline double flush(const Vecs<kVecs>& lanes) {
   return sum;
 }
 
-// out = the exponentials of n logits, a multiple of kLanes; z += their sum. In two loops: in one, the registers of two
-// groups leave none for the sums.
-inline void exps_near(const float* x, int64_t n, const Exponential& e, Vecs<kVecs>& z, float* out) {
+// The exponentials of n logits, a multiple of kLanes. Their sum is a loop of its own: the registers of two groups leave
+// none for it.
+inline void exps_near(const float* x, int64_t n, const Exponential& e, float* out) {
   const Near c(e);
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)  // two groups at once hide the latency of fma
     store(out + i, exp_near(load<2 * kVecs>(x + i), c));
   if (i < n) store(out + i, exp_near(load<kVecs>(x + i), c));
-  Vecs<kVecs> sum = z;
-  for (i = 0; i < n; i += kLanes) sum = each(add, sum, load<kVecs>(out + i));
-  z = sum;
+}
+inline void sum(const float* x, int64_t n, Vecs<kVecs>& lanes) {
+  Vecs<kVecs> z = lanes;
+  for (int64_t i = 0; i < n; i += kLanes) z = each(add, z, load<kVecs>(x + i));
+  lanes = z;
 }
 
 // The teacher's exponentials (out may be null), their sum and w: sum of e_t * (log p_t - log p_s) but for what the
@@ -294,9 +296,15 @@ void add_chunk(RowState& row, const T* s, const T* t, int64_t n, float by, float
   Lanes lanes;
   if (near(now.s, s_min) && near(now.t, t_min) && (!kThree || near(now.one, s_min))) {
     float buffer[kChunk];
-    exps_near(s_whole, whole, now.s, lanes.z_s, kept == nullptr ? buffer : kept);
+    float* e = kept == nullptr ? buffer : kept;
+    exps_near(s_whole, whole, now.s, e);
+    sum(e, whole, lanes.z_s);
     weigh_near(s_whole, t_whole, whole, now, lanes, kept == nullptr ? nullptr : kept + stride);
-    if (kThree) exps_near(s_whole, whole, now.one, lanes.z_1, kept == nullptr ? buffer : kept + 2 * stride);
+    if (kThree) {
+      e = kept == nullptr ? buffer : kept + 2 * stride;
+      exps_near(s_whole, whole, now.one, e);
+      sum(e, whole, lanes.z_1);
+    }
   } else {
     for (int64_t i = 0; i < whole; i += kLanes)
       add_any<kThree>(s_whole + i, t_whole + i, now, lanes, kept == nullptr ? nullptr : kept + i, stride);
@@ -333,24 +341,34 @@ struct Factors {
   F s, t, one;
 };
 
-// One vector of terms of the Bregman form, and of p_t * d. Far apart (|d| >= 0.5) the plain sum of the three parts is
-// precise; a class that the teacher masks is infinitely far and adds p_s.
-struct Terms {
-  F kl, d;
+// A group of terms of the Bregman form into kl, of p_t * d into mean_d. Far apart (|d| >= 0.5) the plain sum of the
+// three parts is precise; a class that the teacher masks is infinitely far and adds p_s.
+struct Bregman {
+  F offset, inverse_temperature;
+  Vecs<kVecs> kl = zero<kVecs>(), mean_d = zero<kVecs>();
 };
-FS_INLINE Terms bregman(F s, F t, F p_s, F p_t, F offset, F inverse_temperature) {
-  const F d = S::mul(S::sub(S::sub(t, s), offset), inverse_temperature);
-  F series = S::set1(1.0f / 40320);
-  series = S::fma(series, d, S::set1(-1.0f / 5040));
-  series = S::fma(series, d, S::set1(1.0f / 720));
-  series = S::fma(series, d, S::set1(-1.0f / 120));
-  series = S::fma(series, d, S::set1(1.0f / 24));
-  series = S::fma(series, d, S::set1(-1.0f / 6));
-  series = S::fma(series, d, S::set1(0.5f));
-  const F weighted = S::mul(p_t, S::zero_where_equal(t, minus_inf(), d));
-  const F near = S::mul(S::mul(weighted, d), series);
-  const F far = S::add(weighted, S::sub(p_s, p_t));
-  return {S::select_negative(S::sub(S::abs(d), S::set1(0.5f)), near, far), weighted};
+FS_INLINE void add_bregman(Bregman& b, const Vecs<kVecs>& s, const Vecs<kVecs>& t, const Vecs<kVecs>& p_s,
+                           const Vecs<kVecs>& p_t) {
+  const Vecs<kVecs> d =
+      each([&](F s, F t) { return S::mul(S::sub(S::sub(t, s), b.offset), b.inverse_temperature); }, s, t);
+  const auto step = [&](const Vecs<kVecs>& series, float next) {
+    return each([&](F x, F d) { return S::fma(x, d, S::set1(next)); }, series, d);
+  };
+  Vecs<kVecs> series = each([](F d) { return S::fma(S::set1(1.0f / 40320), d, S::set1(-1.0f / 5040)); }, d);
+  series = step(series, 1.0f / 720);
+  series = step(series, -1.0f / 120);
+  series = step(series, 1.0f / 24);
+  series = step(series, -1.0f / 6);
+  series = step(series, 0.5f);
+  const Vecs<kVecs> weighted =
+      each([](F p, F t, F d) { return S::mul(p, S::zero_where_equal(t, minus_inf(), d)); }, p_t, t, d);
+  const Vecs<kVecs> near = each([](F w, F d, F x) { return S::mul(S::mul(w, d), x); }, weighted, d, series);
+  const Vecs<kVecs> far = each([](F w, F p_s, F p_t) { return S::add(w, S::sub(p_s, p_t)); }, weighted, p_s, p_t);
+  const auto choose = [](F d, F near, F far) {
+    return S::select_negative(S::sub(S::abs(d), S::set1(0.5f)), near, far);
+  };
+  b.kl = each(add, b.kl, each(choose, d, near, far));
+  b.mean_d = each(add, b.mean_d, weighted);
 }
 
 inline F grad_of(const Exps& e, const Factors& f) {  // not fused: equal logits must give exactly 0
@@ -421,31 +439,31 @@ struct Row {
     const Again again(c);
     const double per_logit = static_cast<double>(by) * kLn2;  // 1 / temperature
     const double log_ratio = __builtin_log(sums.z_t) - __builtin_log(sums.z_s) + (c.t.ref - c.s.ref) * kLn2;
-    const F offset = S::set1(static_cast<float>(log_ratio / per_logit));
-    const F inverse = S::set1(static_cast<float>(per_logit));
     double kl = 0, mean_d = 0;
     for (int64_t i = 0; i < a.classes; i += kChunk) {
       const Factors f = factors(i / kChunk, 1, 1, 0);
       const int64_t end = a.classes - i < kChunk ? a.classes : i + kChunk, whole = end / kLanes * kLanes;
-      float kl_lanes[kLanes] = {}, d_lanes[kLanes] = {};
-      const auto group = [&](const T* gs, const T* gt, const float* kept) {
-        for (int at = 0; at < kLanes; at += S::kWidth) {
-          const Exps e = exps_at<false, kKept>(gs + at, gt + at, again, kept + at, stride);
-          const Terms terms =
-              bregman(S::load(gs + at), S::load(gt + at), S::mul(e.s, f.s), S::mul(e.t, f.t), offset, inverse);
-          S::store(kl_lanes + at, S::add(S::load(kl_lanes + at), terms.kl));
-          S::store(d_lanes + at, S::add(S::load(d_lanes + at), terms.d));
+      Bregman terms{S::set1(static_cast<float>(log_ratio / per_logit)), S::set1(static_cast<float>(per_logit))};
+      const auto group = [&](const T* gs, const T* gt, int64_t j) __attribute__((always_inline)) {
+        const Vecs<kVecs> x_s = load<kVecs>(gs), x_t = load<kVecs>(gt);
+        Vecs<kVecs> e_s, e_t;
+        if constexpr (kKept) {
+          e_s = load<kVecs>(a.kept + j);
+          e_t = load<kVecs>(a.kept + stride + j);
+        } else {
+          e_s = each([&](F x) { return exp_any(x, again.s); }, x_s);
+          e_t = each([&](F x) { return exp_any(x, again.t); }, x_t);
         }
+        add_bregman(terms, x_s, x_t, each([&](F e) { return S::mul(e, f.s); }, e_s),
+                    each([&](F e) { return S::mul(e, f.t); }, e_t));
       };
-      for (int64_t j = i; j < whole; j += kLanes) group(s + j, t + j, kKept ? a.kept + j : kl_lanes);
+      for (int64_t j = i; j < whole; j += kLanes) group(s + j, t + j, j);
       if (whole < end) {
         const Padded<T> s_rest(s + whole, end - whole), t_rest(t + whole, end - whole);
-        group(s_rest.v, t_rest.v, kKept ? a.kept + whole : kl_lanes);
+        group(s_rest.v, t_rest.v, whole);
       }
-      for (int j = 0; j < kLanes; ++j) {
-        kl += static_cast<double>(kl_lanes[j]);
-        mean_d += static_cast<double>(d_lanes[j]);
-      }
+      kl += flush(terms.kl);
+      mean_d += flush(terms.mean_d);
     }
     // The rounding of the offset moves every d by mean_d - kl (which is sum p_t (1 - e^-d)), and kl by half its square.
     const double moved = mean_d - kl;
