@@ -57,20 +57,15 @@ FS_INLINE Vecs<N> each(Fn f, const Vecs<N>& x, const More&... more) {
 constexpr auto add = [](F a, F b) { return S::add(a, b); };
 FS_INLINE F minus_inf() { return S::set1(-__builtin_inff()); }
 
-// Exponentials are relative to a reference near the maximum: 2^(x * by - ref). It is whole, so that it goes into the
-// rounding of x * by, and a step to another reference is a multiplication by a power of two.
-struct Exponential {
-  float by;     // log2(e) / temperature, rounded once: everything is computed at the temperature that this stands for
-  double ref;   // max * by, rounded; not finite if the maximum is not
-  double rest;  // max * by - ref
-  Exponential(float by, float max) : by(by) {
-    const double top = static_cast<double>(max) * static_cast<double>(by);
-    ref = __builtin_rint(top);
-    rest = top - ref;
-  }
-};
-
 constexpr float kRound = 12582912.0f + 127.0f;  // x + kRound is whole, and its low bits are the exponent of 2^x
+constexpr float kByPlain = 1.44269504f;         // `by` at temperature 1
+
+// Exponentials of logits x: 2^((x - max) * by).
+struct Exponential {
+  F max;
+  F by;  // log2(e) / temperature, rounded once: everything is computed at the temperature that this stands for
+  Exponential(float max, float by) : max(S::set1(max)), by(S::set1(by)) {}
+};
 
 // 2^r for r in [-0.5, 0.5], degree 5, 9e-8 relative.
 template <int N>
@@ -82,33 +77,25 @@ FS_INLINE Vecs<N> exp2_small(const Vecs<N>& r) {
   return each([&](F p, F x) { return S::fma(p, x, S::set1(1.0f)); }, p, r);
 }
 
-// The usual case, near(): nothing is clamped or masked. A NaN stays.
-struct Near {
-  F by, round;  // round: kRound - ref
-  Near(const Exponential& e) : by(S::set1(e.by)), round(S::set1(static_cast<float>(kRound - e.ref))) {}
-};
-// Every power from min up is above -125, and kRound - ref is exact.
-inline bool near(const Exponential& e, float min) {
-  return __builtin_fabs(e.ref) <= 0x1p21 && static_cast<double>(min) * static_cast<double>(e.by) - e.ref >= -124.0;
-}
+// d = x - max, of a chunk that is near(): nothing is clamped or masked. A NaN stays.
 template <int N>
-FS_INLINE Vecs<N> exp_near(const Vecs<N>& x, const Near& c) {
-  const Vecs<N> y = each([&](F x) { return S::fma(x, c.by, c.round); }, x);
-  const Vecs<N> whole = each([&](F y) { return S::sub(c.round, y); }, y);
-  const Vecs<N> r = each([&](F x, F w) { return S::fma(x, c.by, w); }, x, whole);
+FS_INLINE Vecs<N> exp_near(const Vecs<N>& d, F by) {
+  const F round = S::set1(kRound);
+  const Vecs<N> y = each([&](F d) { return S::fma(d, by, round); }, d);
+  const Vecs<N> minus = each([&](F y) { return S::sub(round, y); }, y);
+  const Vecs<N> r = each([&](F d, F m) { return S::fma(d, by, m); }, d, minus);
   const Vecs<N> p = exp2_small(r);
   return each([&](F p, F y) { return S::mul(p, S::low_bits_to_exponent(y)); }, p, y);
+}
+// Every power from min up is above -125.
+inline bool near(float min, float max, float by) {
+  return (static_cast<double>(min) - static_cast<double>(max)) * static_cast<double>(by) >= -124.0;
 }
 
 // Any x: the power is held at -125, so that what is finite stays above 0 (and no denormal is made); 0 for -inf. NaN
 // stays.
-struct Any {
-  F by, rest, max;
-  Any(const Exponential& e, float max)
-      : by(S::set1(e.by)), rest(S::set1(static_cast<float>(e.rest))), max(S::set1(max)) {}
-};
-FS_INLINE F exp_any(F x, const Any& c) {
-  const F power = S::fma(S::sub(x, c.max), c.by, c.rest);
+FS_INLINE F exp_any(F x, const Exponential& c) {
+  const F power = S::mul(S::sub(x, c.max), c.by);
   const F held = S::max(S::set1(-125.0f), power);
   const F y = S::add(held, S::set1(kRound));
   const Vecs<1> p = exp2_small(Vecs<1>{{}, S::sub(held, S::sub(y, S::set1(kRound)))});
@@ -138,10 +125,8 @@ inline void copy_group(const T* p, int64_t n, float* to) {
 
 // What a row's exponentials are computed with: those of the student, the teacher, the student at temperature 1.
 struct Scale {
-  float s_max, t_max;  // of the logits so far
   Exponential s, t, one;
-  Scale(float s_max, float t_max, float by)
-      : s_max(s_max), t_max(t_max), s(by, s_max), t(by, t_max), one(static_cast<float>(kLog2E), s_max) {}
+  Scale(float s_max, float t_max, float by) : s(s_max, by), t(t_max, by), one(s_max, kByPlain) {}
 };
 
 // Sums of a chunk, lane by lane.
@@ -160,12 +145,12 @@ inline double flush(const Vecs<kVecs>& lanes) {
 
 // The exponentials of n logits, a multiple of kLanes. Their sum is a loop of its own: the registers of two groups leave
 // none for it.
-inline void exps_near(const float* x, int64_t n, const Exponential& e, float* out) {
-  const Near c(e);
+inline void exps_near(const float* x, int64_t n, const Exponential& c, float* out) {
+  const auto exps = [c](const auto& x) { return exp_near(each([c](F x) { return S::sub(x, c.max); }, x), c.by); };
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)  // two groups at once hide the latency of fma
-    store(out + i, exp_near(load<2 * kVecs>(x + i), c));
-  if (i < n) store(out + i, exp_near(load<kVecs>(x + i), c));
+    store(out + i, exps(load<2 * kVecs>(x + i)));
+  if (i < n) store(out + i, exps(load<kVecs>(x + i)));
 }
 inline void sum(const float* x, int64_t n, Vecs<kVecs>& lanes) {
   Vecs<kVecs> z = lanes;
@@ -174,16 +159,16 @@ inline void sum(const float* x, int64_t n, Vecs<kVecs>& lanes) {
 }
 
 // The teacher's exponentials (out may be null), their sum and w: sum of e_t * (log p_t - log p_s) but for what the
-// maxima and normalizers add.
+// normalizers add.
 inline void weigh_near(const float* s, const float* t, int64_t n, const Scale& scale, Lanes& lanes, float* out) {
-  const Near c(scale.t);
-  const F s_max = S::set1(scale.s_max), t_max = S::set1(scale.t_max);
+  const F s_max = scale.s.max, t_max = scale.t.max, by = scale.t.by;
   Vecs<kVecs> z = lanes.z_t, w = lanes.w;
   for (int64_t i = 0; i < n; i += kLanes) {
-    const Vecs<kVecs> x_s = load<kVecs>(s + i), x_t = load<kVecs>(t + i), e = exp_near(x_t, c);
+    const Vecs<kVecs> d_s = each([&](F x) { return S::sub(x, s_max); }, load<kVecs>(s + i));
+    const Vecs<kVecs> d_t = each([&](F x) { return S::sub(x, t_max); }, load<kVecs>(t + i));
+    const Vecs<kVecs> e = exp_near(d_t, by);
     z = each(add, z, e);
-    w = each([&](F w, F e, F x_s, F x_t) { return S::fma(e, S::sub(S::sub(x_t, t_max), S::sub(x_s, s_max)), w); }, w, e,
-             x_s, x_t);
+    w = each([&](F w, F e, F d_s, F d_t) { return S::fma(e, S::sub(d_t, d_s), w); }, w, e, d_s, d_t);
     if (out != nullptr) store(out + i, e);
   }
   lanes.z_t = z;
@@ -193,15 +178,14 @@ inline void weigh_near(const float* s, const float* t, int64_t n, const Scale& s
 // The same for a group of kLanes logits of any kind.
 template <bool kThree>
 inline void add_any(const float* s, const float* t, const Scale& c, Lanes& l, float* kept, int64_t stride) {
-  const Any of_s(c.s, c.s_max), of_t(c.t, c.t_max), of_one(c.one, c.s_max);
   const Vecs<kVecs> x_s = load<kVecs>(s), x_t = load<kVecs>(t);
-  const Vecs<kVecs> e_s = each([&](F x) { return exp_any(x, of_s); }, x_s);
-  const Vecs<kVecs> e_t = each([&](F x) { return exp_any(x, of_t); }, x_t);
+  const Vecs<kVecs> e_s = each([&](F x) { return exp_any(x, c.s); }, x_s);
+  const Vecs<kVecs> e_t = each([&](F x) { return exp_any(x, c.t); }, x_t);
   l.z_s = each(add, l.z_s, e_s);
   l.z_t = each(add, l.z_t, e_t);
   const auto weigh = [&](F w, F e, F x_s, F x_t) {
-    const F d_t = S::sub(x_t, of_t.max);
-    return S::fma(e, S::zero_where_equal(d_t, minus_inf(), S::sub(d_t, S::sub(x_s, of_s.max))), w);
+    const F d_t = S::sub(x_t, c.t.max);
+    return S::fma(e, S::zero_where_equal(d_t, minus_inf(), S::sub(d_t, S::sub(x_s, c.s.max))), w);
   };
   l.w = each(weigh, l.w, e_t, x_s, x_t);
   if (kept != nullptr) {
@@ -209,7 +193,7 @@ inline void add_any(const float* s, const float* t, const Scale& c, Lanes& l, fl
     store(kept + stride, e_t);
   }
   if constexpr (kThree) {
-    const Vecs<kVecs> e_1 = each([&](F x) { return exp_any(x, of_one); }, x_s);
+    const Vecs<kVecs> e_1 = each([&](F x) { return exp_any(x, c.one); }, x_s);
     l.z_1 = each(add, l.z_1, e_1);
     if (kept != nullptr) store(kept + 2 * stride, e_1);
   }
@@ -280,21 +264,21 @@ void add_chunk(RowState& row, const T* s, const T* t, int64_t n, float by, float
   const float s_min = min_across(r_s.min), t_min = min_across(r_t.min);
   add_range(s_rest, r_s, nullptr);  // what is behind it is masked and no maximum
   add_range(t_rest, r_t, nullptr);
-  const Scale now(S::max_across(r_s.max), S::max_across(r_t.max), by);
-  if (now.s_max != row.s_max || now.t_max != row.t_max) {
-    const Scale before(row.s_max, row.t_max, by);
-    const double up_s = static_cast<double>(row.s_max) - static_cast<double>(now.s_max);
-    const double up_t = static_cast<double>(row.t_max) - static_cast<double>(now.t_max);
-    const double shrink_t = shrink(before.t.ref - now.t.ref);
+  const float s_max = S::max_across(r_s.max), t_max = S::max_across(r_t.max);
+  if (s_max != row.s_max || t_max != row.t_max) {
+    const double up_s = static_cast<double>(row.s_max) - static_cast<double>(s_max);
+    const double up_t = static_cast<double>(row.t_max) - static_cast<double>(t_max);
+    const double shrink_t = shrink(up_t * static_cast<double>(by));
     row.w = shrink_t * (row.w + row.z_t * (up_t - up_s));
     row.z_t *= shrink_t;
-    row.z_s *= shrink(before.s.ref - now.s.ref);
-    row.z_1 *= shrink(before.one.ref - now.one.ref);
-    row.s_max = now.s_max;
-    row.t_max = now.t_max;
+    row.z_s *= shrink(up_s * static_cast<double>(by));
+    row.z_1 *= shrink(up_s * static_cast<double>(kByPlain));
+    row.s_max = s_max;
+    row.t_max = t_max;
   }
+  const Scale now(s_max, t_max, by);
   Lanes lanes;
-  if (near(now.s, s_min) && near(now.t, t_min) && (!kThree || near(now.one, s_min))) {
+  if (near(s_min, s_max, by) && near(t_min, t_max, by) && (!kThree || near(s_min, s_max, kByPlain))) {
     float buffer[kChunk];
     float* e = kept == nullptr ? buffer : kept;
     exps_near(s_whole, whole, now.s, e);
@@ -316,18 +300,12 @@ void add_chunk(RowState& row, const T* s, const T* t, int64_t n, float by, float
   row.w += flush(lanes.w);
 }
 
-// How the exponentials of a row are computed again.
-struct Again {
-  Any s, t, one;
-  Again(const Scale& c) : s(c.s, c.s_max), t(c.t, c.t_max), one(c.one, c.s_max) {}
-};
-
 // The exponentials of one vector: read back, or computed again.
 struct Exps {
   F s, t, one;
 };
 template <bool kThree, bool kKept, class T>
-FS_INLINE Exps exps_at(const T* s, const T* t, const Again& c, const float* kept, int64_t stride) {
+FS_INLINE Exps exps_at(const T* s, const T* t, const Scale& c, const float* kept, int64_t stride) {
   if constexpr (kKept) {
     return {S::load(kept), S::load(kept + stride), kThree ? S::load(kept + 2 * stride) : S::set1(0.0f)};
   } else {
@@ -371,8 +349,10 @@ FS_INLINE void add_bregman(Bregman& b, const Vecs<kVecs>& s, const Vecs<kVecs>& 
   b.mean_d = each(add, b.mean_d, weighted);
 }
 
-inline F grad_of(const Exps& e, const Factors& f) {  // not fused: equal logits must give exactly 0
-  return S::add(S::sub(S::mul(e.s, f.s), S::mul(e.t, f.t)), S::mul(e.one, f.one));
+template <bool kThree>
+FS_INLINE F grad_of(const Exps& e, const Factors& f) {  // not fused: equal logits must give exactly 0
+  const F difference = S::sub(S::mul(e.s, f.s), S::mul(e.t, f.t));
+  return kThree ? S::add(difference, S::mul(e.one, f.one)) : difference;
 }
 
 // One row. kThree: the cross-entropy needs exponentials of its own (T is not 1). T: type of the logits, G: of grad.
@@ -394,6 +374,7 @@ struct Row {
         stride((a.classes + kLanes - 1) / kLanes * kLanes) {}
 
   Scale scale() const { return Scale(sums.s_max, sums.t_max, by); }
+  double per_logit() const { return static_cast<double>(by) * kLn2; }  // 1 / temperature
 
   void read() {
     for (int64_t i = 0; i < a.classes; i += kChunk) {
@@ -407,23 +388,19 @@ struct Row {
   }
 
   double kl() const {
-    // w is relative to the maxima, the normalizers to the references: what lies between cancels but for the rests.
-    const Scale c = scale();
-    const double powers = sums.w / sums.z_t * static_cast<double>(by) + c.t.rest - c.s.rest;
-    const double kl = powers * kLn2 - __builtin_log(sums.z_t) + __builtin_log(sums.z_s);
+    // (max of t - max of s) / T cancels between w, which is relative to the maxima, and the two normalizers.
+    const double kl = sums.w / sums.z_t * per_logit() - __builtin_log(sums.z_t) + __builtin_log(sums.z_s);
     return kl < kSmall ? small_kl() : kl;
   }
 
-  // The double factors of chunk i: weight / z, and for kept exponentials the way from the chunk's reference to the
-  // row's.
+  // The double factors of chunk i: weight / z, and for kept exponentials the way from the chunk's maximum to the row's.
   Factors factors(int64_t chunk, double w_s, double w_t, double w_1) const {
-    const Scale c = scale();
     double up_s = 0, up_t = 0, up_1 = 0;
     if (a.kept != nullptr) {
-      const Scale then(s_max_at[chunk], t_max_at[chunk], by);
-      up_s = then.s.ref - c.s.ref;
-      up_t = then.t.ref - c.t.ref;
-      up_1 = then.one.ref - c.one.ref;
+      const double up = static_cast<double>(s_max_at[chunk]) - static_cast<double>(sums.s_max);
+      up_s = up * static_cast<double>(by);
+      up_1 = up * static_cast<double>(kByPlain);
+      up_t = (static_cast<double>(t_max_at[chunk]) - static_cast<double>(sums.t_max)) * static_cast<double>(by);
     }
     const double z_1 = kThree ? sums.z_1 : 1.0;
     return {S::set1(static_cast<float>(__builtin_exp2(up_s) / sums.z_s * w_s)),
@@ -436,14 +413,13 @@ struct Row {
   template <bool kKept>
   double small_kl_of() const {
     const Scale c = scale();
-    const Again again(c);
-    const double per_logit = static_cast<double>(by) * kLn2;  // 1 / temperature
-    const double log_ratio = __builtin_log(sums.z_t) - __builtin_log(sums.z_s) + (c.t.ref - c.s.ref) * kLn2;
+    const double offset = (__builtin_log(sums.z_t) - __builtin_log(sums.z_s)) / per_logit() +
+                          (static_cast<double>(sums.t_max) - static_cast<double>(sums.s_max));
     double kl = 0, mean_d = 0;
     for (int64_t i = 0; i < a.classes; i += kChunk) {
       const Factors f = factors(i / kChunk, 1, 1, 0);
       const int64_t end = a.classes - i < kChunk ? a.classes : i + kChunk, whole = end / kLanes * kLanes;
-      Bregman terms{S::set1(static_cast<float>(log_ratio / per_logit)), S::set1(static_cast<float>(per_logit))};
+      Bregman terms{S::set1(static_cast<float>(offset)), S::set1(static_cast<float>(per_logit()))};
       const auto group = [&](const T* gs, const T* gt, int64_t j) __attribute__((always_inline)) {
         const Vecs<kVecs> x_s = load<kVecs>(gs), x_t = load<kVecs>(gt);
         Vecs<kVecs> e_s, e_t;
@@ -451,8 +427,8 @@ struct Row {
           e_s = load<kVecs>(a.kept + j);
           e_t = load<kVecs>(a.kept + stride + j);
         } else {
-          e_s = each([&](F x) { return exp_any(x, again.s); }, x_s);
-          e_t = each([&](F x) { return exp_any(x, again.t); }, x_t);
+          e_s = each([&](F x) { return exp_any(x, c.s); }, x_s);
+          e_t = each([&](F x) { return exp_any(x, c.t); }, x_t);
         }
         add_bregman(terms, x_s, x_t, each([&](F e) { return S::mul(e, f.s); }, e_s),
                     each([&](F e) { return S::mul(e, f.t); }, e_t));
@@ -473,13 +449,13 @@ struct Row {
 
   template <bool kKept, bool kStream>
   void write_grad(G* grad, int64_t target, double w_s, double w_t, double w_1) const {
-    const Again c(scale());
+    const Scale c = scale();
     const double weight_of_target = a.target == nullptr ? 0 : a.ce_weight;
     for (int64_t i = 0; i < a.classes; i += kChunk) {
       const Factors f = factors(i / kChunk, w_s, w_t, w_1);
       const int64_t end = a.classes - i < kChunk ? a.classes : i + kChunk;
       const auto value = [&](int64_t j) {
-        return grad_of(exps_at<kThree, kKept>(s + j, t + j, c, kKept ? a.kept + j : nullptr, stride), f);
+        return grad_of<kThree>(exps_at<kThree, kKept>(s + j, t + j, c, kKept ? a.kept + j : nullptr, stride), f);
       };
       // n < kWidth of them, from j on; what lies beyond a row is not read.
       const auto few = [&](int64_t j, int64_t n) {
@@ -489,7 +465,8 @@ struct Row {
         if constexpr (kKept)
           for (int part = 0; part < (kThree ? 3 : 2); ++part)
             memcpy(kept + part * kLanes, a.kept + part * stride + j, static_cast<size_t>(n) * sizeof(float));
-        S::store_n(grad + j, grad_of(exps_at<kThree, kKept>(gs.v, gt.v, c, kept, kLanes), f), static_cast<int>(n));
+        S::store_n(grad + j, grad_of<kThree>(exps_at<kThree, kKept>(gs.v, gt.v, c, kept, kLanes), f),
+                   static_cast<int>(n));
       };
       int64_t j = i;
       if constexpr (kStream) {  // up to where a vector is aligned
@@ -511,7 +488,7 @@ struct Row {
         float kept[3 * kLanes] = {}, got[kLanes];
         if constexpr (kKept)
           for (int part = 0; part < (kThree ? 3 : 2); ++part) kept[part * kLanes] = a.kept[part * stride + target];
-        const F g = grad_of(exps_at<kThree, kKept>(gs.v, gt.v, c, kept, kLanes), f);
+        const F g = grad_of<kThree>(exps_at<kThree, kKept>(gs.v, gt.v, c, kept, kLanes), f);
         S::store(got, S::sub(g, S::set1(static_cast<float>(weight_of_target))));
         G rounded[kLanes];
         S::store(rounded, S::load(got));
@@ -533,11 +510,10 @@ struct Row {
   }
 
   double ce(int64_t target) const {
-    const Exponential e(static_cast<float>(kLog2E), sums.s_max);
     float logit[kLanes];
     copy_group(s + target, 1, logit);
-    const double power = e.ref - static_cast<double>(e.by) * static_cast<double>(logit[0]);
-    return __builtin_log(kThree ? sums.z_1 : sums.z_s) + power * kLn2;
+    return __builtin_log(kThree ? sums.z_1 : sums.z_s) +
+           (static_cast<double>(sums.s_max) - static_cast<double>(logit[0])) * static_cast<double>(kByPlain) * kLn2;
   }
 };
 
