@@ -1,10 +1,10 @@
 """`make gpu-check`: everything about the CUDA kernels that only a GPU can say, within ten minutes.
 
 Builds fastsparse with its CUDA kernels beside the torch that is there (no network: --no-build-isolation --no-deps),
-then on the device: the tests of tests/cuda_on_cpu, `fastsparse check`, compute-sanitizer (memcheck, racecheck) on the small
-cases, and every op timed by CUDA events against its peers over inputs that rotate through more memory than L2 holds.
-Writes docs/gpu-results.json, and the last column of docs/gpu-status.md. What fails or is missing is said and recorded;
-the rest goes on.
+then on the device: the tests of tests/cuda_on_cpu, `fastsparse check`, compute-sanitizer (memcheck, racecheck) on the
+small cases, and every op timed by CUDA events against its peers, over inputs that rotate through more memory than L2
+holds. Writes docs/gpu-results.json, and the last column of docs/gpu-status.md. What fails or is missing is said and
+recorded; the rest goes on.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python tools/gpu_status.py --render  writes the page again from docs/gpu-status.json
 
 Every figure comes from a test: registers and spills from nvcc's report for sm_80, launches and seeds from the
-stand-in's tallies (build/cuda_on_cpu/), the hardware's part from `make gpu-check`, which writes docs/gpu-status.json on a machine
-with a GPU. A kernel is a __global__ function of csrc/*/cuda/*.cu; instances of a template share a row.
+stand-in's tallies (build/cuda_on_cpu/), the hardware's part from `make gpu-check`, which writes docs/gpu-status.json
+on a machine with a GPU. A kernel is a __global__ function of csrc/*/cuda/*.cu; instances of a template share a row.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@
 //
 // One pass with running maxima over chunks of kChunk logits: exponentials relative to the maximum so far, sums in
 // float32 over kLanes lanes (element i in lane i % kLanes) flushed to double once a chunk, rescaled when the maximum
-// grows. Rows of at most kKept logits keep their exponentials in scratch for grad; longer ones compute them again.
-// Where kl < kSmall, the difference of logarithms has lost its digits, and kl is summed once more in the Bregman form
-// sum_c p(t) (e^-d - 1 + d), d = log p(t) - log p(s): every term >= 0, so nothing cancels.
+// grows. A chunk whose exponentials are all above 2^-124 needs no clamps and no masks. Rows of at most kKept logits
+// keep their exponentials in scratch for grad; longer ones compute them again. Where kl < kSmall, the difference of
+// logarithms has lost its digits, and kl is summed once more in the Bregman form sum_c p(t) (e^-d - 1 + d), d = log
+// p(t) - log p(s): every term >= 0, so nothing cancels.
 //
 // Exactness: every level has the same lanes and rounds at the same places, so all results are bit-equal between
 // levels, and they do not depend on the number of threads. Nothing is read or written outside the stated ranges.
@@ -32,7 +33,7 @@ using fs::DType;
 
 inline constexpr int kLanes = 16;
 inline constexpr int64_t kChunk = 1024;
-inline constexpr int64_t kKept = 16 * kChunk;  // 2 or 3 floats a logit of scratch: 128 or 192 KB, in L2
+inline constexpr int64_t kKept = 256 * kChunk;  // 3 floats a logit of scratch: at most 3 MB a thread
 inline constexpr int64_t kMaxKeptChunks = kKept / kChunk;
 inline constexpr double kSmall = 0.1;
 
@@ -50,7 +51,7 @@ struct RowsArgs {
   void* grad;  // [rows, classes], contiguous, bf16 if dtype is bf16, else f32; null: not wanted
   double kl_weight, ce_weight;
   bool stream;  // grad past the caches: it is larger than they are
-  float* kept;  // scratch of kept_floats(classes, ...), aligned to 64; only if classes <= kKept and grad is wanted
+  float* kept;  // scratch of kept_floats(classes, ...), aligned to 64; null: exponentials are computed again
 };
 
 // Floats of scratch that rows of so many classes want; 0 where exponentials are computed again.

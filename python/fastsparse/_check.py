@@ -61,7 +61,7 @@ def _int8_linear(device: torch.device) -> Case:
 
 
 # (rows, classes): round the group of 16 lanes and the chunk of 1024, and beyond what a row keeps of its exponentials
-_LOGITS = [(1, 1), (3, 5), (2, 16), (2, 17), (5, 1000), (3, 1025), (1, 16389), (0, 7)]
+_LOGITS = [(1, 1), (3, 5), (2, 16), (2, 17), (5, 1000), (3, 1025), (1, 262149), (0, 7)]
 
 
 def _kl_loss(device: torch.device) -> Case:

@@ -20,8 +20,9 @@ FAMILY = "kl_loss"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 REDUCTIONS = ["batchmean", "sum", "mean", "none"]
-# Round the group of 16 lanes, the chunk of 1024, the 16384 logits whose exponentials are kept.
-CLASSES = [1, 2, 7, 15, 16, 17, 31, 33, 1000, 1023, 1024, 1025, 2049, 16384, 16385, 17003]
+# Round the group of 16 lanes, two of them, the chunk of 1024.
+CLASSES = [1, 2, 7, 15, 16, 17, 31, 32, 33, 49, 1000, 1023, 1024, 1025, 1056, 2049, 17003]
+KEPT = 262144  # rows of so many logits keep their exponentials for the gradient; longer ones compute them again
 INF, NAN = float("inf"), float("nan")
 
 raw = torch.ops.fastsparse
@@ -79,13 +80,83 @@ def test_kl_div(isa: str, dtype: torch.dtype, close: float) -> None:
 @pytest.mark.parametrize("isa", isa_levels())
 def test_small_kl_keeps_its_digits(isa: str) -> None:
     for close in (1e-1, 1e-2, 1e-3, 3e-4):
-        for classes in (50, 1000, 20000):
+        for classes in (50, 1000, 20000, KEPT + 50):
             student, teacher = logits(1, classes, close=close)
             with forced(isa, FAMILY):
                 got = float(ops.kl_div(student, teacher))
             want = float(reference.kl_div(student, teacher))
             # The logits are differences of float32: at 3e-4 apart they have 12 bits less; the form itself loses none.
             assert abs(got - want) <= 2e-6 * want, (close, classes, got, want)
+
+
+@pytest.mark.parametrize("classes", [KEPT, KEPT + 1, KEPT + 1025])
+@pytest.mark.parametrize("isa", isa_levels())
+def test_long_rows(isa: str, classes: int) -> None:
+    student, teacher = logits(2, classes)
+    target = torch.tensor([classes - 1, 5])
+    with forced(isa, FAMILY):
+        got, gradient = with_gradient(ops.kl_div, student, teacher, 2.0, "sum")
+        both, whole = with_gradient(ops.distill_loss, student, teacher, target, 2.0, 0.5)
+    want, wanted = with_gradient(reference.kl_div, student.double(), teacher, 2.0, "sum")
+    assert abs(got.item() - want.item()) <= 2e-6 * want.item()
+    assert_gradient(gradient, wanted, shares(student, teacher, 2.0, 1.0))
+    want, wanted = with_gradient(reference.distill_loss, student.double(), teacher, target, 2.0, 0.5)
+    assert both.item() == pytest.approx(want[0].item(), rel=2e-6)
+    p1 = torch.softmax(student.double(), -1) + functional.one_hot(target, classes)
+    assert_gradient(whole, wanted, shares(student, teacher, 2.0, 0.25) + p1 / 4)
+
+
+@pytest.mark.parametrize("spread", [60.0, 85.0, 87.0, 100.0, 3000.0])
+@pytest.mark.parametrize("isa", isa_levels())
+def test_far_apart_logits(isa: str, spread: float) -> None:
+    # A chunk whose exponentials reach below 2^-124 is computed another way than the others; here it is the second of 3.
+    for which in (0, 1):
+        pair = logits(2, 3000)
+        pair[which][:, 1500] = -spread
+        target = torch.tensor([1500, 7])
+        with forced(isa, FAMILY):
+            got, gradient = with_gradient(ops.kl_div, *pair, 1.0, "none")
+            loss, _ = with_gradient(ops.distill_loss, *pair, target, 2.0, 0.5)
+        want, wanted = with_gradient(reference.kl_div, pair[0].double(), pair[1], 1.0, "none")
+        torch.testing.assert_close(got, want.float(), rtol=2e-6, atol=0)
+        assert_gradient(gradient, wanted, shares(*pair, 1.0, 1.0))
+        both = reference.distill_loss(*pair, target, 2.0, 0.5)[0]
+        torch.testing.assert_close(loss, both.float(), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("isa", isa_levels())
+def test_rising_and_falling_logits(isa: str) -> None:
+    # The maximum of one grows from chunk to chunk, by more than float32 holds in the end; that of the other stays.
+    rise = torch.linspace(0, 300, 6000)
+    for classes in (3000, 6000):
+        student, teacher = logits(2, classes)
+        student, teacher = student + rise[:classes], teacher + rise[:classes].flip(0) / 10
+        for pair in ((student, teacher), (teacher, student)):
+            with forced(isa, FAMILY):
+                got, gradient = with_gradient(ops.kl_div, *pair, 1.5, "none")
+            want, wanted = with_gradient(reference.kl_div, pair[0].double(), pair[1], 1.5, "none")
+            torch.testing.assert_close(got, want.float(), rtol=2e-6, atol=0)
+            assert_gradient(gradient, wanted, shares(*pair, 1.5, 1.0) * (1 + rise[-1]))
+
+
+@pytest.mark.parametrize("offset", [1000.0, -1000.0, 2.0**18, -(2.0**21), 2.0**22])
+@pytest.mark.parametrize("isa", isa_levels())
+def test_a_constant_moves_nothing(isa: str, offset: float) -> None:
+    # Logits in steps of 1/2: the sum with the offset is exact.
+    student, teacher = (torch.round(2 * x) / 2 for x in logits(3, 1500))
+    for close in (False, True):
+        if close:
+            student = torch.where(torch.rand(3, 1500) < 0.01, teacher + 0.5, teacher)  # KL below 0.1
+        want, wanted = with_gradient(reference.kl_div, student.double(), teacher, 1.0, "none")
+        assert bool((want < 0.1).all()) == close
+        pairs = [(student + offset, teacher + offset)]
+        if not close or abs(offset) <= 1000:  # the small form subtracts logits, so one of them moved far costs digits
+            pairs += [(student + offset, teacher), (student, teacher + offset)]
+        for pair in pairs:
+            with forced(isa, FAMILY):
+                got, gradient = with_gradient(ops.kl_div, *pair, 1.0, "none")
+            torch.testing.assert_close(got, want.float(), rtol=2e-6, atol=0)
+            assert_gradient(gradient, wanted, shares(student, teacher, 1.0, 1.0))
 
 
 def test_equal_logits_give_exactly_nothing() -> None:
@@ -146,7 +217,7 @@ def test_distill_loss_is_the_sum_of_torchs_two() -> None:
 def test_nothing_outside_is_read(isa: str) -> None:
     with forced(isa, FAMILY):
         for dtype in DTYPES:
-            for classes in (1, 5, 16, 17, 1025, 16390):
+            for classes in (1, 5, 16, 17, 1025, 16390, KEPT + 7):
                 student, teacher = logits(2, classes, dtype=dtype)
                 target = torch.randint(0, classes, (2,))
                 want = ops.kl_div(student, teacher), ops.distill_loss(student, teacher, target, 2.0)
@@ -231,7 +302,7 @@ def test_nothing_to_average_is_zero() -> None:
     assert float(with_gradient(ops.distill_loss, student[1:], teacher[1:], torch.full((3,), 7), 1.0, 0.5, 7)[0]) == 0
 
 
-@pytest.mark.parametrize("classes", [5, 1040, 17000])
+@pytest.mark.parametrize("classes", [5, 1040, 17000, KEPT + 40])
 @pytest.mark.parametrize("isa", isa_levels())
 def test_masked_classes(isa: str, classes: int) -> None:
     student, teacher = logits(3, classes)
@@ -280,7 +351,7 @@ def test_small_kl_with_masked_classes(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", [NAN, INF, "masked"])
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("classes", [9, 1500, 16500])
+@pytest.mark.parametrize("classes", [9, 1500, 16500, KEPT + 100])
 @pytest.mark.parametrize("isa", isa_levels())
 def test_errors_surface(isa: str, classes: int, which: int, value: float | str) -> None:
     pair = logits(3, classes)
