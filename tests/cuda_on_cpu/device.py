@@ -98,6 +98,42 @@ class Device:
         return ops.int8_linear(self.place(x), *there, activation, x_scale, x_zero_point).cpu()
 
 
+    def kl_div(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+        with_grad: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        there, taught = self.place(student).requires_grad_(with_grad), self.place(teacher)
+        loss = ops.kl_div(there, taught, temperature, reduction)
+        return loss.detach().cpu(), self._gradient(loss, there, student)
+
+    def distill_loss(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        temperature: float = 1.0,
+        alpha: float = 0.5,
+        ignore_index: int = -100,
+        with_grad: bool = True,
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        there = self.place(student).requires_grad_(with_grad)
+        given = there, self.place(teacher), self.place(target)
+        parts: Any = ops.distill_loss(*given, temperature, alpha, ignore_index, return_parts=True)
+        return tuple(part.detach().cpu() for part in parts), self._gradient(parts[0], there, student)
+
+    @staticmethod
+    def _gradient(loss: Tensor, there: Tensor, student: Tensor) -> Tensor | None:
+        """What the kernel itself wrote: for float16 a float32 gradient, which autograd rounds; here it is rounded back."""
+        if not there.requires_grad:
+            return None
+        (gradient,) = torch.autograd.grad(loss.sum(), there)
+        return gradient.cpu().to(torch.float32 if student.dtype == torch.float16 else student.dtype)
+
+
 @functools.cache
 def load() -> Device:
     os.environ["FASTSPARSE_UNPROVEN"] = "1"
