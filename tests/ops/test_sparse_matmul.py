@@ -21,7 +21,7 @@ from tests.support import forced, guarded, isa_levels, same_bits, strided, threa
 
 FORMATS = ("bitmap32", "sell16", "panels128")
 ACTIVATIONS = (None, "relu", "gelu", "silu")
-# Round the tiles: 3 rows a pass, panels of 8 to 64; 16, 32 and 256 outputs; 8 and 128 k.
+# Round the tiles: 4 rows a pass, panels of 8 to 64; 16, 32 and 256 outputs; 8 and 128 k.
 SHAPES = [
     (1, 1, 1), (1, 16, 8), (2, 17, 7), (3, 31, 9), (4, 32, 127), (5, 33, 128), (8, 64, 129), (9, 255, 31),
     (16, 256, 61), (17, 257, 130), (33, 61, 300), (65, 31, 257), (130, 40, 64),
@@ -230,6 +230,10 @@ def test_auto_chooses_by_rows_and_density() -> None:
     for zeros, rows, format in [
         (0.5, 1, "bitmap32"),
         (0.95, 1, "sell16"),
+        (0.95, 2, "sell16"),
+        (0.5, 4, "bitmap32"),
+        (0.95, 4, "panels128"),
+        (0.5, 5, "panels128"),
         (0.5, 64, "panels128"),
         (0.95, None, "panels128"),
     ]:

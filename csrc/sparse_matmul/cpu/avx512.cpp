@@ -18,7 +18,7 @@ struct Lanes {
   static Lanes zero() { return {_mm512_setzero_ps()}; }
   static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  static Lanes expand(const float* value, uint32_t mask) {
+  static Lanes expand(const float* value, const float*, uint32_t mask) {
     return {_mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask), value)};
   }
   static __m512 broadcast(const float* p) { return _mm512_set1_ps(*p); }
@@ -26,9 +26,8 @@ struct Lanes {
   static Lanes multiply_add(const Lanes& w, const Lanes& x, const Lanes& s) { return {_mm512_fmadd_ps(w.v, x.v, s.v)}; }
   struct Index {
     __m512i k;
-    Index(const uint8_t* p, uint16_t last) {
-      const __m256i u16 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-      k = _mm512_cvtepu16_epi32(_mm256_min_epu16(u16, _mm256_set1_epi16(static_cast<int16_t>(last))));
+    explicit Index(const uint8_t* p) {
+      k = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
     Lanes of(const float* x) const { return {_mm512_i32gather_ps(k, x, 4)}; }
   };
@@ -41,6 +40,15 @@ using Wide = Lanes;
 #include "kernels.inl"
 
 namespace {
+
+void bitmap(const FewArgs& a) {
+  switch (a.rows) {
+    case 1: return bitmap_rows<Narrow, 1>(a);
+    case 2: return bitmap_rows<Wide, 2>(a);
+    case 3: return bitmap_rows<Wide, 3>(a);
+    default: return bitmap_rows<Wide, 4>(a);
+  }
+}
 
 // A panel of 8 rows: the same walk in 256-bit registers.
 void panel8(const PanelArgs& a) {
@@ -66,9 +74,9 @@ void panel8(const PanelArgs& a) {
 void panel(const PanelArgs& a) {
   switch (a.lanes) {
     case 8: return panel8(a);
-    case 16: return panel_lanes<1>(a);
-    case 32: return panel_lanes<2>(a);
-    default: return panel_lanes<4>(a);
+    case 16: return panel_lanes<1, 8>(a);
+    case 32: return panel_lanes<2, 4>(a);
+    default: return panel_lanes<4, 2>(a);
   }
 }
 
