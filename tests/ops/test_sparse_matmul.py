@@ -132,6 +132,15 @@ def test_nan_and_infinity_reach_what_meets_them(isa: str, format: str) -> None:
         assert not torch.isfinite(y[row][w[:, k] != 0]).any()
 
 
+@pytest.mark.parametrize("isa", isa_levels())
+def test_every_index_of_sell16(isa: str) -> None:
+    w = sparse(17, ops.sparse_matmul.MAX_SELL_K, 0.999)
+    x = torch.randn(5, w.shape[1])
+    with forced(isa, "sparse_matmul"):
+        got, expected = (ops.sparse_linear(x, ops.pack(w, format)) for format in ("sell16", "bitmap32"))
+    assert same_bits(got, expected)
+
+
 @given(data=st.data())
 def test_linear_on_whatever(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**32 - 1)))

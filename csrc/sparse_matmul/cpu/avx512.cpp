@@ -1,10 +1,8 @@
 // sparse_matmul, AVX-512 (F, VL): written by the recipe, not tuned on hardware.
-// Idea     bitmap: vexpandps from memory, 16 values at once. sell: one gather for 16 outputs. panels: one broadcast
-// weight
-//          meets 64 rows of x, 4 FMAs with memory operands.
-// Tile     bitmap: 32 outputs x 1 to 3 rows, 2 zmm sums a row: as many cycles of latency as vexpandps needs of its
-// port.
-//          sell: 16 outputs x 1 to 3 rows. panels: 1 output x 64 rows, 4 zmm sums.
+// Idea     bitmap: vexpandps from memory, 16 values at once. sell: one gather for 16 outputs.
+//          panels: one broadcast weight meets up to 64 rows of x, 4 FMAs with memory operands.
+// Tile     bitmap: 32 outputs x 1 to 4 rows, 2 zmm sums a row. sell: 16 outputs x 1 to 4 rows.
+//          panels: 8 zmm sums: 2 outputs x 64 rows, 4 x 32, 8 x 16.
 // Reads    formats/sparse.h; vexpandps reads no more than the values it uses.
 // Tails    outputs: partly stored; k: none is padded; rows: smaller instances, 8 rows in half a vector.
 // Measured for exactness only: docs/kernels/sparse_matmul.md
@@ -62,7 +60,7 @@ void panel8(const PanelArgs& a) {
       const int64_t count = order[kChunk + place];
       __m256 s = _mm256_loadu_ps(a.sums + order[place] * 8);
       for (int64_t i = 0; i < count; ++i) {
-        const float* x = a.panel + (b * kBlockK + (p.index[at + i] & (kBlockK - 1))) * 8;
+        const float* x = a.panel + (b * kBlockK + p.index[at + i]) * 8;
         s = _mm256_fmadd_ps(_mm256_broadcast_ss(p.value + at + i), _mm256_loadu_ps(x), s);
       }
       _mm256_storeu_ps(a.sums + order[place] * 8, s);

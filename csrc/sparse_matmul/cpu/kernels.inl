@@ -240,7 +240,7 @@ inline int64_t begin_rows(Places<kVecs, kPlaces>& p, const Pack& pack, int64_t a
 // The row of x that belongs to an index.
 template <int kVecs>
 inline const float* row_of(const float* panel, uint8_t index) {
-  return panel + (index & (kBlockK - 1)) * kVecs * Simd::kWidth;
+  return panel + int64_t{index} * kVecs * Simd::kWidth;
 }
 
 // In wide panels the row of x for a step is looked up a step ahead: its address would come late otherwise, behind the

@@ -76,9 +76,9 @@ void linear_few(const Kernels& kernels, const LinearArgs& args) {
 struct PanelScratch {
   float *x, *sums, *rows;
   PanelScratch(int64_t lanes, int64_t padded_k) {
-    const int64_t chunk = kChunk * lanes;
-    x = reinterpret_cast<float*>(scratch(static_cast<size_t>(padded_k * lanes + 2 * chunk) * sizeof(float)));
-    sums = x + padded_k * lanes;
+    const int64_t chunk = kChunk * lanes, panel = (padded_k + kBlockK) * lanes;
+    x = reinterpret_cast<float*>(scratch(static_cast<size_t>(panel + 2 * chunk) * sizeof(float)));
+    sums = x + panel;
     rows = sums + chunk;
   }
 };
