@@ -19,7 +19,8 @@
 
 namespace fs::sparse_matmul {
 
-inline constexpr int kFewRows = 4;           // rows of x that one pass over a few-rows pack serves
+inline constexpr int kBitmapRows = 4;        // rows of x that one pass over a bitmap32 pack serves
+inline constexpr int kFewSellRows = 3;       // the same of a sell16 pack: more would not fit the registers
 inline constexpr int64_t kPanelRows = 64;    // rows of x in the widest panel
 inline constexpr int64_t kMaxSellK = 65536;  // u16 indices
 
@@ -44,7 +45,8 @@ struct Pack {
   const float* value;
 };
 
-// Sums of blocks (slices) [begin, end) for `rows` rows of x, 1 .. kFewRows: y[r, output] = sum. Neither reads y.
+// Sums of blocks (slices) [begin, end) for `rows` rows of x (from 1 up to kBitmapRows or kFewSellRows): y[r, output] =
+// sum. Neither reads y.
 struct FewArgs {
   Pack pack;
   const float* x;  // [rows, k], rows x_stride elements apart; for sell16 kMaxSellK floats of each may be read

@@ -174,8 +174,7 @@ void sell(const FewArgs& a) {
   switch (a.rows) {
     case 1: return sell_rows<1>(a);
     case 2: return sell_rows<2>(a);
-    case 3: return sell_rows<3>(a);
-    default: return sell_rows<4>(a);
+    default: return sell_rows<3>(a);
   }
 }
 

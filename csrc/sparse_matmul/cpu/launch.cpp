@@ -39,9 +39,8 @@ void finish_rows(const Kernels& kernels, const LinearArgs& args, int64_t row, in
 // never touched for a sound pack. The stride keeps equal columns out of the same cache sets.
 const float* copy_for_sell(const LinearArgs& args) {
   const auto row_bytes = static_cast<size_t>(args.weight.k) * sizeof(float);
-  auto* x = reinterpret_cast<float*>(scratch(static_cast<size_t>(kFewRows * kSellStride) * sizeof(float)));
-  for (int64_t r = 0; r < std::min<int64_t>(args.m, kFewRows); ++r)
-    std::memcpy(x + r * kSellStride, args.x + r * args.x_stride, row_bytes);
+  auto* x = reinterpret_cast<float*>(scratch(static_cast<size_t>(kFewSellRows * kSellStride) * sizeof(float)));
+  for (int64_t r = 0; r < args.m; ++r) std::memcpy(x + r * kSellStride, args.x + r * args.x_stride, row_bytes);
   return x;
 }
 
@@ -52,7 +51,7 @@ void linear_few(const Kernels& kernels, const LinearArgs& args) {
   if (!bitmap)
     std::memset(args.y, 0, static_cast<size_t>(args.m * w.n) * sizeof(float));  // damaged rows may leave gaps
   // Even passes: 5 rows are 3 + 2, not 4 + 1.
-  const int64_t passes = ceil_div(args.m, kFewRows), height = ceil_div(args.m, passes);
+  const int64_t passes = ceil_div(args.m, bitmap ? kBitmapRows : kFewSellRows), height = ceil_div(args.m, passes);
   split(ceil_div(w.n, width), one_thread(args.m, bitmap ? w.total : w.total * kSellRows),
         [&](int64_t begin, int64_t end) {
           for (int64_t row = 0; row < args.m; row += height) {
