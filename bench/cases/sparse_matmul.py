@@ -29,9 +29,9 @@ def work(m: int, k: int, n: int, zeros: int) -> float:
 def packed_bytes(m: int, k: int, n: int, zeros: int) -> int:
     """Of the format that "auto" takes: bitmap32 4 d + 1/8 bytes a weight, sell16 6 and panels128 5 a non-zero."""
     density = (100 - zeros) / 100
-    if m > 8:
-        return int(n * k * density * 5)
-    return int(n * k * (density * 4 + 1 / 8)) if zeros == 50 else int(n * k * density * 6)
+    if m <= 4 and density >= 0.4:
+        return int(n * k * (density * 4 + 1 / 8))
+    return int(n * k * density * (6 if m <= 2 else 5))
 
 
 def csr_bytes(m: int, k: int, n: int, zeros: int) -> int:

@@ -31,7 +31,7 @@ void spoil(const std::string& name) {
 }
 
 std::vector<KernelInfo> kernel_infos() {
-  return kernels.infos([](const Kernels&) { return "3x32, 3x16, 64x1"; });
+  return kernels.infos([](const Kernels&) { return "4x32, 3x16, 64x1"; });
 }
 
 }  // namespace fs::sparse_matmul

@@ -8,9 +8,9 @@
 // outputs that meet it are NaN or infinite in some formats and untouched in others.) bias is added to the finished sum.
 //
 // Memory: a pack's bytes may be anything once its header and size have passed (formats::view). No index can leave its
-// block: k is u8 & 127 inside a padded panel of 128, or a u16 held below K; rows are u8 inside a padded chunk of 256,
-// or are compared with N; offsets and the position in the values are held below the total, behind which there is room
-// for what one step may read. Damaged bytes give wrong numbers and never an access outside.
+// block: k is a u8 into a panel that goes on for 256, or a u16 into a row of 65536; rows are u8 inside a padded chunk
+// of 256, or are compared with N; offsets and the position in the values are held below the total, behind which there
+// is room for what one step may read. Damaged bytes give wrong numbers and never an access outside.
 #pragma once
 #include <stdint.h>
 
@@ -19,7 +19,8 @@
 
 namespace fs::sparse_matmul {
 
-inline constexpr int kFewRows = 3;           // rows of x that one pass over a few-rows pack serves
+inline constexpr int kBitmapRows = 4;        // rows of x that one pass over a bitmap32 pack serves
+inline constexpr int kFewSellRows = 3;       // the same of a sell16 pack: more would not fit the registers
 inline constexpr int64_t kPanelRows = 64;    // rows of x in the widest panel
 inline constexpr int64_t kMaxSellK = 65536;  // u16 indices
 
@@ -44,10 +45,11 @@ struct Pack {
   const float* value;
 };
 
-// Sums of blocks (slices) [begin, end) for `rows` rows of x, 1 .. kFewRows: y[r, output] = sum. Neither reads y.
+// Sums of blocks (slices) [begin, end) for `rows` rows of x (from 1 up to kBitmapRows or kFewSellRows): y[r, output] =
+// sum. Neither reads y.
 struct FewArgs {
   Pack pack;
-  const float* x;  // [rows, k], rows x_stride elements apart
+  const float* x;  // [rows, k], rows x_stride elements apart; for sell16 kMaxSellK floats of each may be read
   int64_t x_stride;
   int64_t rows;
   int64_t begin, end;
@@ -58,7 +60,8 @@ struct FewArgs {
 // One chunk of outputs for one panel of x: sums f32[kChunk][lanes], zeroed by the kernel, then written.
 struct PanelArgs {
   Pack pack;
-  const float* panel;  // [K rounded up to kBlockK][lanes], x transposed; rows and k beyond x are zero
+  const float* panel;  // [K rounded up to kBlockK][lanes], x transposed; rows and k beyond x are zero. Another kBlockK
+                       // rows may be read if the pack is damaged.
   int64_t lanes;       // 8, 16, 32 or 64
   int64_t chunk;
   float* sums;

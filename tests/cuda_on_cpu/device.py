@@ -97,7 +97,6 @@ class Device:
         there = [self.place(pack, aligned=True), self.place(weight_scale), self.place(bias)]
         return ops.int8_linear(self.place(x), *there, activation, x_scale, x_zero_point).cpu()
 
-
     def kl_div(
         self,
         student: Tensor,
@@ -127,7 +126,7 @@ class Device:
 
     @staticmethod
     def _gradient(loss: Tensor, there: Tensor, student: Tensor) -> Tensor | None:
-        """What the kernel itself wrote: for float16 a float32 gradient, which autograd rounds; here it is rounded back."""
+        """In the dtype that the kernel writes: float32 for float16, which autograd has rounded in between."""
         if not there.requires_grad:
             return None
         (gradient,) = torch.autograd.grad(loss.sum(), there)

@@ -21,7 +21,7 @@ from tests.support import forced, guarded, isa_levels, same_bits, strided, threa
 
 FORMATS = ("bitmap32", "sell16", "panels128")
 ACTIVATIONS = (None, "relu", "gelu", "silu")
-# Round the tiles: 3 rows a pass, panels of 8 to 64; 16, 32 and 256 outputs; 8 and 128 k.
+# Round the tiles: 4 rows a pass, panels of 8 to 64; 16, 32 and 256 outputs; 8 and 128 k.
 SHAPES = [
     (1, 1, 1), (1, 16, 8), (2, 17, 7), (3, 31, 9), (4, 32, 127), (5, 33, 128), (8, 64, 129), (9, 255, 31),
     (16, 256, 61), (17, 257, 130), (33, 61, 300), (65, 31, 257), (130, 40, 64),
@@ -132,6 +132,15 @@ def test_nan_and_infinity_reach_what_meets_them(isa: str, format: str) -> None:
         assert not torch.isfinite(y[row][w[:, k] != 0]).any()
 
 
+@pytest.mark.parametrize("isa", isa_levels())
+def test_every_index_of_sell16(isa: str) -> None:
+    w = sparse(17, ops.sparse_matmul.MAX_SELL_K, 0.999)
+    x = torch.randn(5, w.shape[1])
+    with forced(isa, "sparse_matmul"):
+        got, expected = (ops.sparse_linear(x, ops.pack(w, format)) for format in ("sell16", "bitmap32"))
+    assert same_bits(got, expected)
+
+
 @given(data=st.data())
 def test_linear_on_whatever(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**32 - 1)))
@@ -230,6 +239,10 @@ def test_auto_chooses_by_rows_and_density() -> None:
     for zeros, rows, format in [
         (0.5, 1, "bitmap32"),
         (0.95, 1, "sell16"),
+        (0.95, 2, "sell16"),
+        (0.5, 4, "bitmap32"),
+        (0.95, 4, "panels128"),
+        (0.5, 5, "panels128"),
         (0.5, 64, "panels128"),
         (0.95, None, "panels128"),
     ]:

@@ -2,42 +2,48 @@
 // Idea     bitmap: vpshufb spreads four values after a nibble of the mask and writes zeros between them: no vexpandps
 //          needed, and where 256-bit operations are split in two (Zen 1), 128-bit ones cost nothing extra.
 //          sell: the sixteen elements of x are put together from scalar loads (gathers are slow here).
-//          panels: one broadcast weight meets 64 rows of x, 8 FMAs with memory operands.
-// Tile     bitmap: 32 outputs x 1 row (8 xmm sums), x 2 or 3 rows (4 ymm sums a row). sell: 16 outputs x 1 to 3 rows.
-//          panels: 1 output x 64 rows, 8 ymm sums.
-// Reads    formats/sparse.h. Bitmap reads 16 bytes from each position in the values, kSlack makes room for the last.
+//          panels: one broadcast weight meets up to 64 rows of x, 8 FMAs with memory operands.
+// Tile     bitmap: 32 outputs x 1 row (8 xmm sums) or 2 (4 ymm sums a row), 16 outputs x 3 or 4 rows. sell: 16 outputs
+// x
+//          1 to 4 rows. panels: 8 ymm sums: 1 output x 64 rows, 2 x 32 or 4 x 16; 4 x 8.
+// Reads    formats/sparse.h. Bitmap reads 16 bytes from each position in the values and 16 up to it: kSlack makes room
+//          behind the last one, the sections of the pack before the first.
 // Tails    outputs: partly stored; k: none is padded; rows: smaller instances.
+// Bound    bitmap: 19 loads per 32 slots, 3 of them twice because they cross 32 bytes: 11 cycles, 13 reached. sell: 23
+// loads
+//          and 57 instructions per 16 non-zeros: 13 cycles, 14.5 reached. panels: 18 loads a non-zero and 64 rows.
 // Measured docs/kernels/sparse_matmul.md
 #include "../../runtime/simd/avx2.h"
 #include "../../runtime/simd/transpose8_avx.inl"
 
 namespace {
 
-// For each nibble the bytes of vpshufb: the i-th of four floats into the place of the i-th set bit, 0x80 (zero)
-// elsewhere.
+// For each byte of a mask two times the bytes of vpshufb, 0x80 (zero) where a bit is not set. The low four bits take
+// the first of the byte's values, from a vector that begins with them; the high four take the last ones, from a vector
+// that ends with them: so neither needs to know how many bits the other has.
 struct SpreadTable {
-  alignas(64) uint8_t bytes[16][16];
+  alignas(64) uint8_t bytes[256][2][16];
   constexpr SpreadTable() : bytes() {
-    for (int mask = 0; mask < 16; ++mask) {
-      int from = 0;
-      for (int lane = 0; lane < 4; ++lane) {
-        const bool set = (mask >> lane & 1) != 0;
+    for (int mask = 0; mask < 256; ++mask) {
+      int high_bits = 0;
+      for (int bit = 4; bit < 8; ++bit) high_bits += mask >> bit & 1;
+      int from[2] = {0, 4 - high_bits};
+      for (int bit = 0; bit < 8; ++bit) {
+        const bool set = (mask >> bit & 1) != 0;
+        int& next = from[bit / 4];
         for (int i = 0; i < 4; ++i)
-          bytes[mask][4 * lane + i] = set ? static_cast<uint8_t>(4 * from + i) : uint8_t{0x80};
-        from += set;
+          bytes[mask][bit / 4][bit % 4 * 4 + i] = set ? static_cast<uint8_t>(4 * next + i) : uint8_t{0x80};
+        next += set;
       }
     }
   }
 };
 constexpr SpreadTable kSpread;
 
-inline __m128 spread(const float* value, uint32_t nibble_times_16) {
+inline __m128 spread(const float* value, const uint8_t* bytes) {
   const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(value));
-  const auto* table = reinterpret_cast<const __m128i*>(&kSpread.bytes[0][0] + nibble_times_16);
-  return _mm_castsi128_ps(_mm_shuffle_epi8(four, _mm_load_si128(table)));
+  return _mm_castsi128_ps(_mm_shuffle_epi8(four, _mm_load_si128(reinterpret_cast<const __m128i*>(bytes))));
 }
-inline int64_t bits(uint32_t mask) { return _mm_popcnt_u32(mask); }
-
 struct Narrow {  // four xmm
   __m128 a, b, c, d;
   static Narrow zero() { return {_mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps()}; }
@@ -50,10 +56,11 @@ struct Narrow {  // four xmm
     _mm_storeu_ps(p + 8, c);
     _mm_storeu_ps(p + 12, d);
   }
-  static Narrow expand(const float* value, uint32_t mask) {
-    return {spread(value, (mask << 4) & 0xf0), spread(value + bits(mask & 0xf), mask & 0xf0),
-            spread(value + bits(mask & 0xff), (mask >> 4) & 0xf0),
-            spread(value + bits(mask & 0xfff), (mask >> 8) & 0xf0)};
+  static Narrow expand(const float* value, const float* end, uint32_t mask) {
+    const auto &first = kSpread.bytes[mask & 0xff], &second = kSpread.bytes[mask >> 8];
+    const float* const middle = value + _mm_popcnt_u32(mask & 0xff);
+    return {spread(value, first[0]), spread(middle - 4, first[1]), spread(middle, second[0]),
+            spread(end - 4, second[1])};
   }
   static __m128 broadcast(const float* p) { return _mm_broadcast_ss(p); }
   static Narrow fma(const Narrow& w, __m128 x, const Narrow& s) {
@@ -65,23 +72,18 @@ struct Narrow {  // four xmm
   }
 
   struct Index {  // sixteen u16, four to a register
-    uint64_t q[4];
-    Index(const uint8_t* p, uint16_t last) {
-      const __m128i highest = _mm_set1_epi16(static_cast<int16_t>(last));
-      const auto* k = reinterpret_cast<const __m128i*>(p);
-      const __m128i low = _mm_min_epu16(_mm_loadu_si128(k), highest),
-                    high = _mm_min_epu16(_mm_loadu_si128(k + 1), highest);
-      q[0] = static_cast<uint64_t>(_mm_cvtsi128_si64(low));
-      q[1] = static_cast<uint64_t>(_mm_extract_epi64(low, 1));
-      q[2] = static_cast<uint64_t>(_mm_cvtsi128_si64(high));
-      q[3] = static_cast<uint64_t>(_mm_extract_epi64(high, 1));
+    uint64_t a, b, c, d;
+    explicit Index(const uint8_t* p) : a(load8(p)), b(load8(p + 8)), c(load8(p + 16)), d(load8(p + 24)) {}
+    static uint64_t load8(const uint8_t* p) {
+      uint64_t q;
+      memcpy(&q, p, sizeof q);
+      return q;
     }
     static __m128 four(const float* x, uint64_t k) {
-      const __m128 first = _mm_load_ss(x + (k & 0xffff)), third = _mm_load_ss(x + (k >> 32 & 0xffff));
-      const __m128 low = _mm_insert_ps(first, _mm_load_ss(x + (static_cast<uint32_t>(k) >> 16)), 0x10);
-      return _mm_movelh_ps(low, _mm_insert_ps(third, _mm_load_ss(x + (k >> 48)), 0x10));
+      const auto low = static_cast<uint32_t>(k), high = static_cast<uint32_t>(k >> 32);
+      return _mm_setr_ps(x[low & 0xffff], x[low >> 16], x[high & 0xffff], x[high >> 16]);
     }
-    Narrow of(const float* x) const { return {four(x, q[0]), four(x, q[1]), four(x, q[2]), four(x, q[3])}; }
+    Narrow of(const float* x) const { return {four(x, a), four(x, b), four(x, c), four(x, d)}; }
   };
 };
 
@@ -92,8 +94,8 @@ struct Wide {  // two ymm
     _mm256_storeu_ps(p, a);
     _mm256_storeu_ps(p + 8, b);
   }
-  static Wide expand(const float* value, uint32_t mask) {
-    const Narrow n = Narrow::expand(value, mask);
+  static Wide expand(const float* value, const float* end, uint32_t mask) {
+    const Narrow n = Narrow::expand(value, end, mask);
     return {_mm256_set_m128(n.b, n.a), _mm256_set_m128(n.d, n.c)};
   }
   static __m256 broadcast(const float* p) { return _mm256_broadcast_ss(p); }
@@ -108,12 +110,21 @@ struct Wide {  // two ymm
 
 namespace {
 
+void bitmap(const FewArgs& a) {
+  switch (a.rows) {
+    case 1: return bitmap_rows<Narrow, 1>(a);
+    case 2: return bitmap_rows<Wide, 2>(a);
+    case 3: return bitmap_halves<Wide, 3>(a);
+    default: return bitmap_halves<Wide, 4>(a);
+  }
+}
+
 void panel(const PanelArgs& a) {
   switch (a.lanes) {
-    case 8: return panel_lanes<1>(a);
-    case 16: return panel_lanes<2>(a);
-    case 32: return panel_lanes<4>(a);
-    default: return panel_lanes<8>(a);
+    case 8: return panel_lanes<1, 4>(a);
+    case 16: return panel_lanes<2, 4>(a);
+    case 32: return panel_lanes<4, 2>(a);
+    default: return panel_lanes<8, 1>(a);
   }
 }
 

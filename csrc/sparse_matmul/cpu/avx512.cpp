@@ -1,10 +1,8 @@
 // sparse_matmul, AVX-512 (F, VL): written by the recipe, not tuned on hardware.
-// Idea     bitmap: vexpandps from memory, 16 values at once. sell: one gather for 16 outputs. panels: one broadcast
-// weight
-//          meets 64 rows of x, 4 FMAs with memory operands.
-// Tile     bitmap: 32 outputs x 1 to 3 rows, 2 zmm sums a row: as many cycles of latency as vexpandps needs of its
-// port.
-//          sell: 16 outputs x 1 to 3 rows. panels: 1 output x 64 rows, 4 zmm sums.
+// Idea     bitmap: vexpandps from memory, 16 values at once. sell: one gather for 16 outputs.
+//          panels: one broadcast weight meets up to 64 rows of x, 4 FMAs with memory operands.
+// Tile     bitmap: 32 outputs x 1 to 4 rows, 2 zmm sums a row. sell: 16 outputs x 1 to 3 rows.
+//          panels: 8 zmm sums: 2 outputs x 64 rows, 4 x 32, 8 x 16.
 // Reads    formats/sparse.h; vexpandps reads no more than the values it uses.
 // Tails    outputs: partly stored; k: none is padded; rows: smaller instances, 8 rows in half a vector.
 // Measured for exactness only: docs/kernels/sparse_matmul.md
@@ -18,7 +16,7 @@ struct Lanes {
   static Lanes zero() { return {_mm512_setzero_ps()}; }
   static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  static Lanes expand(const float* value, uint32_t mask) {
+  static Lanes expand(const float* value, const float*, uint32_t mask) {
     return {_mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask), value)};
   }
   static __m512 broadcast(const float* p) { return _mm512_set1_ps(*p); }
@@ -26,9 +24,8 @@ struct Lanes {
   static Lanes multiply_add(const Lanes& w, const Lanes& x, const Lanes& s) { return {_mm512_fmadd_ps(w.v, x.v, s.v)}; }
   struct Index {
     __m512i k;
-    Index(const uint8_t* p, uint16_t last) {
-      const __m256i u16 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-      k = _mm512_cvtepu16_epi32(_mm256_min_epu16(u16, _mm256_set1_epi16(static_cast<int16_t>(last))));
+    explicit Index(const uint8_t* p) {
+      k = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
     Lanes of(const float* x) const { return {_mm512_i32gather_ps(k, x, 4)}; }
   };
@@ -42,6 +39,15 @@ using Wide = Lanes;
 
 namespace {
 
+void bitmap(const FewArgs& a) {
+  switch (a.rows) {
+    case 1: return bitmap_rows<Narrow, 1>(a);
+    case 2: return bitmap_rows<Wide, 2>(a);
+    case 3: return bitmap_rows<Wide, 3>(a);
+    default: return bitmap_rows<Wide, 4>(a);
+  }
+}
+
 // A panel of 8 rows: the same walk in 256-bit registers.
 void panel8(const PanelArgs& a) {
   const Pack& p = a.pack;
@@ -54,7 +60,7 @@ void panel8(const PanelArgs& a) {
       const int64_t count = order[kChunk + place];
       __m256 s = _mm256_loadu_ps(a.sums + order[place] * 8);
       for (int64_t i = 0; i < count; ++i) {
-        const float* x = a.panel + (b * kBlockK + (p.index[at + i] & (kBlockK - 1))) * 8;
+        const float* x = a.panel + (b * kBlockK + p.index[at + i]) * 8;
         s = _mm256_fmadd_ps(_mm256_broadcast_ss(p.value + at + i), _mm256_loadu_ps(x), s);
       }
       _mm256_storeu_ps(a.sums + order[place] * 8, s);
@@ -66,9 +72,9 @@ void panel8(const PanelArgs& a) {
 void panel(const PanelArgs& a) {
   switch (a.lanes) {
     case 8: return panel8(a);
-    case 16: return panel_lanes<1>(a);
-    case 32: return panel_lanes<2>(a);
-    default: return panel_lanes<4>(a);
+    case 16: return panel_lanes<1, 8>(a);
+    case 32: return panel_lanes<2, 4>(a);
+    default: return panel_lanes<4, 2>(a);
   }
 }
 

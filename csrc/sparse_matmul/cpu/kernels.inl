@@ -1,9 +1,10 @@
 // The kernels of sparse_matmul, one body for every level. Before this the level brings simd/<level>.h and two types of
 // 16 lanes (one type may serve as both), Narrow for one row of x and Wide for more:
 //   zero()                       all lanes 0
-//   expand(value, mask)          value[i-th set bit] in the lanes of set bits, 0 elsewhere; may read 16 floats
+//   expand(value, end, mask)     value[i-th set bit] in the lanes of set bits, 0 elsewhere; value + set bits = end; may
+//                                read 4 floats before value and 16 behind it
 //   load(p), store(p)            16 floats
-//   gather(x, index, last)       x[min(index[lane], last)]
+//   Index(p).of(x)               x[p[lane]], p sixteen u16
 //   broadcast(p), fma(w, x, s)   s += w * x
 // and  void transpose8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride).
 #include <string.h>
@@ -19,91 +20,7 @@ inline int64_t at_most(uint64_t value, int64_t limit) {
   return value < static_cast<uint64_t>(limit) ? static_cast<int64_t>(value) : limit;
 }
 
-// Registers are named through nested structs, one level a row: gcc 12 spills an array of them.
-template <class V, int kRows>
-struct Sums {
-  Sums<V, kRows - 1> above;
-  V low, high;
-};
-template <class V>
-struct Sums<V, 0> {};
-
-template <class V>
-inline void clear(Sums<V, 0>&) {}
-template <class V, int kRows>
-inline void clear(Sums<V, kRows>& s) {
-  clear(s.above);
-  s.low = V::zero();
-  s.high = V::zero();
-}
-
-template <class V>
-inline void multiply_add(Sums<V, 0>&, const V&, const V&, const float*, int64_t) {}
-template <class V, int kRows>
-inline void multiply_add(Sums<V, kRows>& s, const V& low, const V& high, const float* x, int64_t stride) {
-  multiply_add(s.above, low, high, x, stride);
-  const auto broadcast = V::broadcast(x + (kRows - 1) * stride);
-  s.low = V::fma(low, broadcast, s.low);
-  s.high = V::fma(high, broadcast, s.high);
-}
-
-template <class V>
-inline void write(const Sums<V, 0>&, float*, int64_t, int64_t) {}
-template <class V, int kRows>
-inline void write(const Sums<V, kRows>& s, float* y, int64_t stride, int64_t columns) {
-  write(s.above, y, stride, columns);
-  y += (kRows - 1) * stride;
-  if (columns == kBitmapColumns) {
-    s.low.store(y);
-    s.high.store(y + 16);
-  } else {
-    float lanes[kBitmapColumns];
-    s.low.store(lanes);
-    s.high.store(lanes + 16);
-    memcpy(y, lanes, static_cast<size_t>(columns) * sizeof(float));
-  }
-}
-
-// How far ahead of their use values are asked for: docs/kernels/sparse_matmul.md.
-constexpr int64_t kBitmapAhead = 1024;  // floats
-constexpr int64_t kSellAhead = 4096;    // bytes
-
-template <class V, int kRows>
-void bitmap_rows(const FewArgs& a) {
-  const Pack& p = a.pack;
-  const float* const limit = p.value + p.total;
-  for (int64_t b = a.begin; b < a.end; ++b) {
-    const uint32_t* mask = p.mask + b * p.k;
-    const float* value = p.value + at_most(p.offset[b], p.total);
-    Sums<V, kRows> sums;
-    clear(sums);
-    for (int64_t begin = 0; begin < p.k; begin += 8) {
-      const int64_t end = begin + 8 < p.k ? begin + 8 : p.k;
-      for (int64_t k = begin; k < end; ++k) {
-        const uint32_t m = mask[k];
-        __builtin_prefetch(value + kBitmapAhead);  // a prefetch cannot fault: it may go beyond the pack
-        const float* const middle = value + __builtin_popcount(m & 0xffff);
-        const V low = V::expand(value, m & 0xffff), high = V::expand(middle, m >> 16);
-        value += __builtin_popcount(m);
-        multiply_add(sums, low, high, a.x + k, a.x_stride);
-      }
-      // 8 steps go at most 256 on, and kSlack holds that and one read more.
-      value = value < limit ? value : limit;
-    }
-    const int64_t left = p.n - b * kBitmapColumns;
-    write(sums, a.y + b * kBitmapColumns, a.y_stride, left < kBitmapColumns ? left : kBitmapColumns);
-  }
-}
-
-void bitmap(const FewArgs& a) {
-  switch (a.rows) {
-    case 1: return bitmap_rows<Narrow, 1>(a);
-    case 2: return bitmap_rows<Wide, 2>(a);
-    default: return bitmap_rows<Wide, 3>(a);
-  }
-}
-
-// One row of sums a level.
+// The sums of 16 outputs for kRows rows of x, one row a level: gcc 12 spills an array of registers.
 template <class V, int kRows>
 struct Slice {
   Slice<V, kRows - 1> above;
@@ -118,6 +35,102 @@ template <class V, int kRows>
 inline void clear(Slice<V, kRows>& s) {
   clear(s.above);
   s.sum = V::zero();
+}
+
+template <class V>
+inline void multiply_add(Slice<V, 0>&, const V&, const float*, int64_t) {}
+template <class V, int kRows>
+inline void multiply_add(Slice<V, kRows>& s, const V& w, const float* x, int64_t stride) {
+  multiply_add(s.above, w, x, stride);
+  s.sum = V::fma(w, V::broadcast(x + (kRows - 1) * stride), s.sum);
+}
+
+// The first `columns` of 16 outputs; nothing if there are none.
+template <class V>
+inline void write(const Slice<V, 0>&, float*, int64_t, int64_t) {}
+template <class V, int kRows>
+inline void write(const Slice<V, kRows>& s, float* y, int64_t stride, int64_t columns) {
+  if (columns <= 0) return;
+  write(s.above, y, stride, columns);
+  y += (kRows - 1) * stride;
+  if (columns >= 16) return s.sum.store(y);
+  float lanes[16];
+  s.sum.store(lanes);
+  memcpy(y, lanes, static_cast<size_t>(columns) * sizeof(float));
+}
+
+// How far ahead of their use values are asked for: docs/kernels/sparse_matmul.md.
+constexpr int64_t kBitmapAhead = 1024;  // floats
+constexpr int64_t kSellAhead = 4096;    // bytes
+
+template <class V, int kRows>
+void bitmap_rows(const FewArgs& a) {
+  const Pack& p = a.pack;
+  const float* const limit = p.value + p.total;
+  for (int64_t b = a.begin; b < a.end; ++b) {
+    const uint32_t* mask = p.mask + b * p.k;
+    const float* value = p.value + at_most(p.offset[b], p.total);
+    Slice<V, kRows> low, high;
+    clear(low);
+    clear(high);
+    uint32_t m = mask[0];  // loaded a step ahead: a position depends on all masks before it
+    for (int64_t begin = 0; begin < p.k; begin += 8) {
+      const int64_t end = begin + 8 < p.k ? begin + 8 : p.k;
+      for (int64_t k = begin; k < end; ++k) {
+        const uint32_t next_mask = mask[k + 1];  // the last one lies in the next section, and is not used
+        const float* const middle = value + __builtin_popcount(m & 0xffff);
+        const float* const next_value = value + __builtin_popcount(m);
+        __builtin_prefetch(value + kBitmapAhead);  // a prefetch cannot fault: it may go beyond the pack
+        multiply_add(low, V::expand(value, middle, m & 0xffff), a.x + k, a.x_stride);
+        multiply_add(high, V::expand(middle, next_value, m >> 16), a.x + k, a.x_stride);
+        value = next_value;
+        m = next_mask;
+      }
+      // 8 steps go at most 256 on, and kSlack holds that and one read more.
+      value = value < limit ? value : limit;
+    }
+    float* const y = a.y + b * kBitmapColumns;
+    const int64_t left = p.n - b * kBitmapColumns;
+    write(low, y, a.y_stride, left);
+    write(high, y + 16, a.y_stride, left - 16);
+  }
+}
+
+// Half a block (0: the low 16 outputs, 1: the high ones), for so many rows that the sums of a whole one do not fit the
+// registers.
+template <class V, int kRows, int kHalf>
+void bitmap_half(const FewArgs& a, int64_t b) {
+  const Pack& p = a.pack;
+  const float* const limit = p.value + p.total;
+  const uint32_t* mask = p.mask + b * p.k;
+  const float* value = p.value + at_most(p.offset[b], p.total);
+  Slice<V, kRows> sums;
+  clear(sums);
+  uint32_t m = mask[0];
+  for (int64_t begin = 0; begin < p.k; begin += 8) {
+    const int64_t end = begin + 8 < p.k ? begin + 8 : p.k;
+    for (int64_t k = begin; k < end; ++k) {
+      const uint32_t next_mask = mask[k + 1];
+      const float* const middle = value + __builtin_popcount(m & 0xffff);
+      const float* const next_value = value + __builtin_popcount(m);
+      __builtin_prefetch(value + kBitmapAhead);
+      const V w = kHalf == 0 ? V::expand(value, middle, m & 0xffff) : V::expand(middle, next_value, m >> 16);
+      multiply_add(sums, w, a.x + k, a.x_stride);
+      value = next_value;
+      m = next_mask;
+    }
+    value = value < limit ? value : limit;
+  }
+  const int64_t column = b * kBitmapColumns + 16 * kHalf;
+  write(sums, a.y + column, a.y_stride, p.n - column);
+}
+
+template <class V, int kRows>
+void bitmap_halves(const FewArgs& a) {
+  for (int64_t b = a.begin; b < a.end; ++b) {
+    bitmap_half<V, kRows, 0>(a, b);
+    bitmap_half<V, kRows, 1>(a, b);
+  }
 }
 
 template <class V, class Index>
@@ -151,7 +164,7 @@ void sell_rows(const FewArgs& a) {
       __builtin_prefetch(step + kSellAhead);
       __builtin_prefetch(step + kSellAhead + 64);
       const Narrow w = Narrow::load(reinterpret_cast<const float*>(step));
-      gather_add(sums, w, Narrow::Index(step + 64, static_cast<uint16_t>(p.k - 1)), a.x, a.x_stride);
+      gather_add(sums, w, Narrow::Index(step + 64), a.x, a.x_stride);
     }
     scatter(sums, p.row + slice * kSellRows, p.n, a.y, a.y_stride);
   }
@@ -193,31 +206,98 @@ inline void store(const Vecs<kVecs>& s, float* p) {
   Simd::store(p + (kVecs - 1) * Simd::kWidth, s.v);
 }
 
+// Places of a block's order that are walked side by side, for as many chains of additions: the last of them comes first
+// in the nest.
+template <int kVecs, int kPlaces>
+struct Places {
+  Places<kVecs, kPlaces - 1> before;
+  Vecs<kVecs> sums;
+  const float* value;
+  const uint8_t* index;
+  const float* x;  // the row of the panel for the next value
+};
 template <int kVecs>
+struct Places<kVecs, 0> {};
+
+// Gives the places their values, which lie one row after the other from `at` on; returns where the next row's lie. No
+// row begins beyond the total, behind which kSlack has room for the longest one.
+template <int kVecs>
+inline int64_t begin_rows(Places<kVecs, 0>&, const Pack&, int64_t at, const uint8_t*, const float*) {
+  return at;
+}
+template <int kVecs, int kPlaces>
+inline int64_t begin_rows(Places<kVecs, kPlaces>& p, const Pack& pack, int64_t at, const uint8_t* order,
+                          const float* sums) {
+  at = begin_rows(p.before, pack, at, order, sums);
+  constexpr int64_t kLanes = kVecs * Simd::kWidth;
+  load(p.sums, sums + order[kPlaces - 1] * kLanes);
+  p.value = pack.value + at;
+  p.index = pack.index + at;
+  return at_most(static_cast<uint64_t>(at + order[kChunk + kPlaces - 1]), pack.total);
+}
+
+// The row of x that belongs to an index.
+template <int kVecs>
+inline const float* row_of(const float* panel, uint8_t index) {
+  return panel + int64_t{index} * kVecs * Simd::kWidth;
+}
+
+// In wide panels the row of x for a step is looked up a step ahead: its address would come late otherwise, behind the
+// many loads of the step before. In narrow ones that costs more than it brings.
+template <int kVecs>
+constexpr bool kLookAhead = kVecs * Simd::kWidth >= 32;
+
+template <int kVecs>
+inline void begin_x(Places<kVecs, 0>&, const float*) {}
+template <int kVecs, int kPlaces>
+inline void begin_x(Places<kVecs, kPlaces>& p, const float* panel) {
+  begin_x(p.before, panel);
+  p.x = row_of<kVecs>(panel, p.index[0]);
+}
+
+// Step i of every place.
+template <int kVecs>
+inline void multiply_add_all(Places<kVecs, 0>&, int64_t, const float*) {}
+template <int kVecs, int kPlaces>
+inline void multiply_add_all(Places<kVecs, kPlaces>& p, int64_t i, const float* panel) {
+  multiply_add_all(p.before, i, panel);
+  const float* const x = kLookAhead<kVecs> ? p.x : row_of<kVecs>(panel, p.index[i]);
+  if (kLookAhead<kVecs>) p.x = row_of<kVecs>(panel, p.index[i + 1]);  // behind the last one there is room
+  multiply_add(p.sums, Simd::set1(p.value[i]), x);
+}
+
+// What the rows have beyond the `done` values that all of them have, then their sums to memory.
+template <int kVecs>
+inline void end_rows(Places<kVecs, 0>&, int64_t, const uint8_t*, const float*, float*) {}
+template <int kVecs, int kPlaces>
+inline void end_rows(Places<kVecs, kPlaces>& p, int64_t done, const uint8_t* order, const float* panel, float* sums) {
+  end_rows(p.before, done, order, panel, sums);
+  for (int64_t i = done; i < order[kChunk + kPlaces - 1]; ++i)
+    multiply_add(p.sums, Simd::set1(p.value[i]), row_of<kVecs>(panel, p.index[i]));
+  constexpr int64_t kLanes = kVecs * Simd::kWidth;
+  store(p.sums, sums + order[kPlaces - 1] * kLanes);
+}
+
+// A panel of kVecs vectors; kPlaces outputs at a time, so that their additions overlap.
+template <int kVecs, int kPlaces>
 void panel_lanes(const PanelArgs& a) {
   constexpr int64_t kLanes = kVecs * Simd::kWidth;
   const Pack& p = a.pack;
   const int64_t blocks = (p.k + kBlockK - 1) / kBlockK;
   const uint8_t* order = p.order + a.chunk * blocks * 2 * kChunk;
+  float* const sums = a.sums;
   int64_t at = at_most(p.offset[a.chunk], p.total);
-  memset(a.sums, 0, static_cast<size_t>(kChunk * a.lanes) * sizeof(float));
+  memset(sums, 0, static_cast<size_t>(kChunk * kLanes) * sizeof(float));
   for (int64_t b = 0; b < blocks; ++b, order += 2 * kChunk) {
-    const float* panel = a.panel + b * kBlockK * a.lanes;
-    for (int64_t place = 0; place < kChunk; ++place) {
-      const int64_t count = order[kChunk + place];
-      if (count == 0) break;  // descending: only zeros follow
-      float* sums = a.sums + order[place] * a.lanes;
-      const float* value = p.value + at;
-      const uint8_t* index = p.index + at;
-      // One pass for the levels whose registers hold all lanes, several for the scalar one.
-      for (int64_t lane = 0; lane < a.lanes; lane += kLanes) {
-        Vecs<kVecs> s;
-        load(s, sums + lane);
-        for (int64_t i = 0; i < count; ++i)
-          multiply_add(s, Simd::set1(value[i]), panel + lane + (index[i] & (kBlockK - 1)) * a.lanes);
-        store(s, sums + lane);
-      }
-      at = at_most(static_cast<uint64_t>(at + count), p.total);
+    const float* const panel = a.panel + b * kBlockK * kLanes;
+    for (int64_t place = 0; place < kChunk; place += kPlaces) {
+      if (order[kChunk + place] == 0) break;  // descending: only zeros follow
+      Places<kVecs, kPlaces> rows;
+      at = begin_rows(rows, p, at, order + place, sums);
+      const int64_t common = order[kChunk + place + kPlaces - 1];
+      if (kLookAhead<kVecs>) begin_x(rows, panel);
+      for (int64_t i = 0; i < common; ++i) multiply_add_all(rows, i, panel);
+      end_rows(rows, common, order + place, panel, sums);
     }
   }
 }

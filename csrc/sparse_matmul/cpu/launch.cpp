@@ -11,6 +11,8 @@
 namespace fs::sparse_matmul {
 namespace {
 
+constexpr int64_t kSellStride = kMaxSellK + 1024;  // floats between the rows that sell16 reads
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls body(begin, end) for parts of [0, count), one a thread.
@@ -33,26 +35,36 @@ void finish_rows(const Kernels& kernels, const LinearArgs& args, int64_t row, in
   }
 }
 
+// Rows of x for sell16: where each of its 16-bit indices can be read, whatever the pack says. What lies beyond K is
+// never touched for a sound pack. The stride keeps equal columns out of the same cache sets.
+const float* copy_for_sell(const LinearArgs& args) {
+  const auto row_bytes = static_cast<size_t>(args.weight.k) * sizeof(float);
+  auto* x = reinterpret_cast<float*>(scratch(static_cast<size_t>(kFewSellRows * kSellStride) * sizeof(float)));
+  for (int64_t r = 0; r < args.m; ++r) std::memcpy(x + r * kSellStride, args.x + r * args.x_stride, row_bytes);
+  return x;
+}
+
 void linear_few(const Kernels& kernels, const LinearArgs& args) {
   const Pack& w = args.weight;
   const bool bitmap = w.format == formats::kBitmap32;
   const int64_t width = bitmap ? kBitmapColumns : kSellRows;
   if (!bitmap)
     std::memset(args.y, 0, static_cast<size_t>(args.m * w.n) * sizeof(float));  // damaged rows may leave gaps
+  // Even passes: 5 rows are 3 + 2, not 4 + 1.
+  const int64_t passes = ceil_div(args.m, bitmap ? kBitmapRows : kFewSellRows), height = ceil_div(args.m, passes);
   split(ceil_div(w.n, width), one_thread(args.m, bitmap ? w.total : w.total * kSellRows),
         [&](int64_t begin, int64_t end) {
-          // Even passes: 4 rows are 2 + 2, not 3 + 1.
-          const int64_t passes = ceil_div(args.m, kFewRows), height = ceil_div(args.m, passes);
           for (int64_t row = 0; row < args.m; row += height) {
-            const int64_t rows = std::min(height, args.m - row);
-            const FewArgs few{w,  args.x + row * args.x_stride, args.x_stride, rows, begin, end, args.y + row * w.n,
-                              w.n};
+            LinearArgs part = args;
+            part.m = std::min(height, args.m - row);
+            part.x += row * args.x_stride;
+            float* const y = args.y + row * w.n;
             if (bitmap) {
-              kernels.bitmap(few);
+              kernels.bitmap({w, part.x, args.x_stride, part.m, begin, end, y, w.n});
               const int64_t column = begin * width;
-              finish_rows(kernels, args, row, rows, column, std::min(end * width, w.n) - column);
+              finish_rows(kernels, args, row, part.m, column, std::min(end * width, w.n) - column);
             } else {
-              kernels.sell(few);
+              kernels.sell({w, copy_for_sell(part), kSellStride, part.m, begin, end, y, w.n});
             }
           }
         });
@@ -63,9 +75,9 @@ void linear_few(const Kernels& kernels, const LinearArgs& args) {
 struct PanelScratch {
   float *x, *sums, *rows;
   PanelScratch(int64_t lanes, int64_t padded_k) {
-    const int64_t chunk = kChunk * lanes;
-    x = reinterpret_cast<float*>(scratch(static_cast<size_t>(padded_k * lanes + 2 * chunk) * sizeof(float)));
-    sums = x + padded_k * lanes;
+    const int64_t chunk = kChunk * lanes, panel = (padded_k + kBlockK) * lanes;
+    x = reinterpret_cast<float*>(scratch(static_cast<size_t>(panel + 2 * chunk) * sizeof(float)));
+    sums = x + panel;
     rows = sums + chunk;
   }
 };

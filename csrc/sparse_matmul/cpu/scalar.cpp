@@ -12,7 +12,7 @@ struct Lanes {
     return l;
   }
   void store(float* p) const { memcpy(p, v, sizeof v); }
-  static Lanes expand(const float* value, uint32_t mask) {
+  static Lanes expand(const float* value, const float*, uint32_t mask) {
     Lanes l{};
     for (int i = 0; i < 16; ++i)
       if (mask >> i & 1) l.v[i] = *value++;
@@ -31,10 +31,7 @@ struct Lanes {
   }
   struct Index {
     uint16_t k[16];
-    Index(const uint8_t* p, uint16_t last) {
-      memcpy(k, p, sizeof k);
-      for (uint16_t& i : k) i = i < last ? i : last;
-    }
+    explicit Index(const uint8_t* p) { memcpy(k, p, sizeof k); }
     Lanes of(const float* x) const {
       Lanes l;
       for (int i = 0; i < 16; ++i) l.v[i] = x[k[i]];
@@ -56,7 +53,23 @@ inline void transpose8x8(const float* in, int64_t in_stride, float* out, int64_t
 
 namespace {
 
-void panel(const PanelArgs& a) { panel_lanes<8>(a); }
+void bitmap(const FewArgs& a) {
+  switch (a.rows) {
+    case 1: return bitmap_rows<Narrow, 1>(a);
+    case 2: return bitmap_rows<Wide, 2>(a);
+    case 3: return bitmap_rows<Wide, 3>(a);
+    default: return bitmap_rows<Wide, 4>(a);
+  }
+}
+
+void panel(const PanelArgs& a) {
+  switch (a.lanes) {
+    case 8: return panel_lanes<8, 1>(a);
+    case 16: return panel_lanes<16, 1>(a);
+    case 32: return panel_lanes<32, 1>(a);
+    default: return panel_lanes<64, 1>(a);
+  }
+}
 
 }  // namespace
 

@@ -16,8 +16,11 @@ from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 
 FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4}
 MAX_SELL_K = 65536  # kMaxSellK in csrc/sparse_matmul/sparse_matmul.h
-FEW_ROWS = 8  # up to so many rows of x a few-rows format is the faster one: docs/kernels/sparse_matmul.md
-SELL_DENSITY = 0.4  # below, sell16 is faster than bitmap32: same place
+# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which a few-rows format is the fastest, and the density from
+# which that is bitmap32.
+SELL_ROWS = 2
+BITMAP_ROWS = 4
+BITMAP_DENSITY = 0.4
 
 _sparse_linear = torch.ops.fastsparse.sparse_linear.default
 _sparse_linear_train = torch.ops.fastsparse.sparse_linear_train.default
@@ -73,9 +76,13 @@ def sparse_linear(
 
 def choose_format(density: float, k: int, rows: int | None) -> str:
     """What "auto" means: by the rows of x to be expected (None: many) and the part of the weights that is not zero."""
-    if rows is None or rows > FEW_ROWS:
+    if rows is None or rows > BITMAP_ROWS:
         return "panels128"
-    return "sell16" if density < SELL_DENSITY and k <= MAX_SELL_K else "bitmap32"
+    if density >= BITMAP_DENSITY:
+        return "bitmap32"
+    if rows > SELL_ROWS:
+        return "panels128"
+    return "sell16" if k <= MAX_SELL_K else "bitmap32"
 
 
 def pack_float(weight: Tensor, format: str, rows: int | None) -> Tensor:
