@@ -313,6 +313,44 @@ def ops(device: str) -> Iterator[Op]:
         "copy",
     )
 
+    rows, classes = (32, 1000) if small else (4096, 32000)
+
+    def logits() -> tuple[torch.Tensor, torch.Tensor]:
+        return random(rows, classes).requires_grad_(), random(rows, classes)
+
+    def ours(student: torch.Tensor, teacher: torch.Tensor) -> None:
+        torch.autograd.grad(fs.kl_div(student, teacher, 2.0), student)
+
+    def eager(student: torch.Tensor, teacher: torch.Tensor) -> None:
+        log_s, log_t = (F.log_softmax(value / 2.0, -1) for value in (student, teacher))
+        torch.autograd.grad(F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * 4.0, student)
+
+    yield Op(
+        "kl_loss",
+        f"kl_div, loss and gradient, {rows}x{classes} fp32",
+        ("rows_by_block", "sum_rows"),
+        sets(logits, ours),
+        {"eager": sets(logits, eager)},
+        12 * rows * classes,
+        "copy",
+    )
+
+    for zeros in (0.5, 0.9):
+        weight = torch.randn(n, k) * (torch.rand(n, k) >= zeros)
+        sparse, full = fs.pack(weight, "bitmap32").to(device), weight.to(device)
+        for m in (1, 16):
+            yield Op(
+                "sparse_matmul",
+                f"sparse_linear bitmap32 {m}x{n}x{k} fp32, {zeros:.0%} zeros",
+                ("few_rows",),
+                sets(
+                    lambda m=m, p=sparse: (random(m, k), p.clone()), lambda x, p: fs.sparse_linear(x, p, None, None, n)
+                ),
+                {"dense linear": sets(lambda m=m, w=full: (random(m, k), w.clone()), F.linear)},
+                sparse.nbytes,
+                "copy",
+            )
+
 
 def _commit() -> str:
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
