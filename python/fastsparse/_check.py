@@ -67,7 +67,7 @@ _LOGITS = [(1, 1), (3, 5), (2, 16), (2, 17), (5, 1000), (3, 1025), (1, 262149), 
 def _kl_loss(device: torch.device) -> Case:
     generator = torch.Generator().manual_seed(2)
     for i, (rows, classes) in enumerate(_LOGITS):
-        for dtype in _TOLERANCE:
+        for dtype in _TOLERANCE if classes < 100_000 else (torch.float32,):
             student = (2 * torch.randn(rows, classes, generator=generator)).to(dtype)
             teacher = (2 * torch.randn(rows, classes, generator=generator)).to(dtype)
             target = torch.randint(0, classes, (rows,), generator=generator)
@@ -94,11 +94,11 @@ def _sparse_linear(device: torch.device) -> Case:
             weight = torch.randn(n, k, generator=generator)
             weight *= torch.rand(n, k, generator=generator) >= zeros
             x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
-            for format in ("bitmap32", "sell16", "panels128"):
-                pack = ops.pack(weight, format).to(device)
-                for activation in _ACTIVATIONS:
+            packs = {name: ops.pack(weight, name).to(device) for name in ("bitmap32", "sell16", "panels128")}
+            for activation in _ACTIVATIONS:
+                expected = reference.sparse_linear(x, weight, bias, activation)
+                for format, pack in packs.items():
                     got = ops.sparse_linear(x.to(device), pack, bias.to(device), activation)
-                    expected = reference.sparse_linear(x, weight, bias, activation)
                     what = f"sparse_linear M={m} N={n} K={k} zeros {zeros} {format} {activation}"
                     yield what, _error(got.cpu(), expected) / _SPARSE_TOLERANCE
 
