@@ -74,7 +74,8 @@ Fiber& prepare_fiber(size_t index, void (*entry)()) {
   __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // an abandoned stack is full of red zones
 #endif
   // From below: six registers, the address to jump to, and a return address (none) at 8 modulo 16, as after a call.
-  // Each begins some cache lines off the others: at one offset in their pages they would share a few sets of the caches.
+  // Each begins some cache lines off the others: at one offset in their pages they would share a few sets of the
+  // caches.
   auto* top = reinterpret_cast<uint64_t*>(fiber.stack + kStackBytes - 64 * (1 + index * 5 % 61)) - 1;
   *top = 0;
   *--top = reinterpret_cast<uint64_t>(entry);
