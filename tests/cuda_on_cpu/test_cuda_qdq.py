@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from standin import StandIn
+from standin import SEEDS, StandIn
 
 from fastsparse import reference
 from ops.test_qdq import DTYPES, LAYOUTS, parameters, values
 from support import same_bits, strided
 
-SEEDS = [0, 1, 2]
 # Round a group of 8, a warp's pass of 256, and where a block takes over from a warp (2048).
 LENGTHS = [0, 1, 7, 8, 9, 31, 64, 255, 256, 257, 1027, 2048, 2049, 2056, 4100]
 

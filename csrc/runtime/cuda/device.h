@@ -1,6 +1,8 @@
 // The one header of a .cu file: CUDA (or, with -DFS_SIMT, the names of CUDA for g++), fs::launch, PTX.
 // How to write a kernel here, and how it is run and checked without a GPU: docs/cuda-on-cpu.md.
 #pragma once
+#include <cstdint>
+
 #if defined(FS_SIMT)
 #include "simt.h"
 #else
