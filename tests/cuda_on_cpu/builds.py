@@ -106,6 +106,26 @@ def build(name: str) -> Path:
     return library
 
 
+def variant(name: str, source: Path, text: str, folder: Path) -> Path:
+    """The library of build `name` with `text` compiled in the place of `source`, a kernel file; made in `folder`.
+
+    Reports name the lines of `text` as lines of `source`.
+    """
+    objects = build(name).parent
+    (unit,) = [u for u in units(name) if u.source == source]
+    changed, target, library = folder / source.name, folder / "changed.o", folder / f"{name}.so"
+    changed.write_text(f'#line 1 "{source}"\n{text}')
+    others = [str(objects / u.name()) for u in units(name) if u.source != source]
+    for command in (
+        [CXX, *unit.flags, "-iquote", str(source.parent), "-c", str(changed), "-o", str(target)],
+        [CXX, "-shared", *LINK[name], "-o", str(library), str(target), *others, "-ldl"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return library
+
+
 def sanitizer_environment() -> dict[str, str]:
     """What a process needs to load the asan build: the sanitizers' libraries before everything else."""
 

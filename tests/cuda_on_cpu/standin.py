@@ -15,6 +15,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import builds
@@ -34,9 +35,10 @@ class Finding(RuntimeError):
 
 
 class StandIn:
-    def __init__(self, build: str) -> None:
+    def __init__(self, build: str, library: Path | None = None) -> None:
+        """`library`: another than that of the build, made like it."""
         self.build = build
-        self.library = ctypes.CDLL(str(builds.build(build)))
+        self.library = ctypes.CDLL(str(library or builds.build(build)))
         self.library.simt_allocate.restype = ctypes.c_void_p
         self.library.simt_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
         self.library.simt_initialised.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -91,7 +93,10 @@ class StandIn:
         return torch.as_strided(self.copy(torch.as_strided(tensor, (span,), (1,))), tensor.shape, tensor.stride())
 
     def call(self, name: str, *arguments: Any) -> None:
-        """An entry of the library; tensors are passed as pointers, None as null, int as int64, float as float."""
+        """An entry of the library; tensors are passed as pointers, None as null, int as int64, float as float.
+
+        A c_double is passed as it is.
+        """
         function = getattr(self.library, name)
         function.restype = ctypes.c_char_p
         report = function(*(self._as_c(a) for a in arguments))
@@ -106,6 +111,8 @@ class StandIn:
             return ctypes.c_void_p(argument.data_ptr() if argument.numel() else None)
         if isinstance(argument, float):
             return ctypes.c_float(argument)
+        if isinstance(argument, ctypes.c_double):
+            return argument
         return ctypes.c_int64(argument)
 
     # --- qdq ---------------------------------------------------------------------------------------------------------
@@ -163,6 +170,59 @@ class StandIn:
         length = grad.numel() // rows if rows else 0
         self.call("qdq_fake_quantize_grad", self.copy(grad), _FLOATS[grad.dtype], rows, length, self.copy(mask), out)
         return out.clone()
+
+    # --- kl_loss -----------------------------------------------------------------------------------------------------
+
+    def kl_div(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+        with_grad: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(loss, gradient of the loss or of the sum of the losses), for matrices."""
+        rows, classes = student.shape
+        divisor = {"batchmean": rows, "sum": 1, "mean": rows * classes, "none": 1}[reduction] or 1
+        row_loss = self.empty((rows,), torch.float32) if reduction == "none" else None
+        total = self.empty((1,), torch.float32) if row_loss is None else None
+        logits, grad, scratch = self._logits(student, teacher, with_grad)
+        numbers = (ctypes.c_double(temperature), ctypes.c_double(divisor))
+        self.call("kl_loss_kl_div", *logits, *numbers, row_loss, total, grad, scratch)
+        loss = total[0] if row_loss is None else row_loss
+        return loss.clone(), None if grad is None else grad.clone()
+
+    def distill_loss(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        temperature: float = 1.0,
+        alpha: float = 0.5,
+        ignore_index: int = -100,
+        with_grad: bool = True,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+        """((loss, kl, ce), gradient), for matrices."""
+        means = self.empty((3,), torch.float32)
+        logits, grad, scratch = self._logits(student, teacher, with_grad)
+        there = self.copy(target)
+        numbers = (ctypes.c_double(temperature), there, ignore_index, ctypes.c_double(alpha))
+        self.call("kl_loss_distill_loss", *logits, *numbers, means, grad, scratch)
+        loss, kl, ce = means.clone()
+        return (loss, kl, ce), None if grad is None else grad.clone()
+
+    def _logits(self, student: Tensor, teacher: Tensor, with_grad: bool) -> tuple[list[Any], Tensor | None, Tensor]:
+        """(what both entries begin with, memory for the gradient, scratch)."""
+        rows, classes = student.shape
+        dtype = torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
+        grad = self.empty(student.shape, dtype) if with_grad else None
+        there = [self.strided_copy(t) for t in (student, teacher)]
+        self.library.kl_loss_scratch_bytes.restype = ctypes.c_int64
+        offset, self.offset = self.offset, 0  # torch's allocator aligns what ops.cpp asks for
+        scratch = self.empty((self.library.kl_loss_scratch_bytes(ctypes.c_int64(rows)),), torch.uint8)
+        self.offset = offset
+        strides = (student.stride(0), teacher.stride(0))
+        return [*there, _FLOATS[student.dtype], *strides, rows, classes], grad, scratch
 
     # --- int8_gemm ---------------------------------------------------------------------------------------------------
 
