@@ -249,8 +249,8 @@ def test_nothing_to_average_is_zero(kernels: StandIn) -> None:
 SOURCE = builds.ROOT / "csrc" / "kl_loss" / "cuda" / "sm80.cu"
 WRONG = "wrong result"
 
-# name: (function that holds the line, the line, what stands there instead, {build: what it must say}, lines of which a
-# race must name two)
+# name: (function that holds the line, the line, what stands there instead, {build: what it must say}, lines that a
+# report must name)
 Defect = tuple[str, str, str, dict[str, str], tuple[str, ...]]
 DEFECTS: dict[str, Defect] = {
     "no barrier between the warps' sums and their reader": (
@@ -265,7 +265,7 @@ DEFECTS: dict[str, Defect] = {
         "__syncthreads();",
         ";",
         {"race": "race: "},
-        ("shared.facts = facts", "facts = shared.facts"),
+        ("facts = shared.facts",),  # what is read too early leads to other races: which is found first, is the seed's
     ),
     "a tail that is read past its end": (
         "void load_group(",
@@ -298,6 +298,7 @@ def planted(defect: Defect) -> tuple[str, dict[str, int]]:
     begin = text.index(function)
     at = text.index(line, begin)
     text = text[:at] + instead + text[at + len(line) :]
+    text = re.sub(r"    case DType::(bf16|f16):.*\n", "", text)  # float32 only: three times faster to compile
     numbers = {}
     for mark in marks:
         (numbers[mark],) = [i for i, source in enumerate(text.splitlines(), 1) if mark in source]
