@@ -8,6 +8,10 @@
 #include <tuple>
 
 #include "../runtime/checks.h"
+#if defined(FASTSPARSE_WITH_CUDA)
+#include "../runtime/cuda/torch_stream.h"
+#include "cuda/sm80.h"
+#endif
 #include "kl_loss.h"
 #include "select.h"
 
@@ -19,6 +23,28 @@ constexpr const char* kDistill = "distill_loss";
 
 // The codes of the schema; python/fastsparse/ops/kl_loss.py has the names.
 enum Reduction : int64_t { kBatchMean = 0, kSum = 1, kMean = 2, kNone = 3 };
+
+// Each op has one implementation for both devices, which parts at the launch; the entry for CUDA passes this gate
+// first. With one argument on CUDA the dispatcher comes there, whichever it is: the checks then say which is not where
+// student_logits are.
+#if defined(FASTSPARSE_WITH_CUDA)
+void check_cuda_kernels(const char* op) { check_proven(op, sm80::kName, sm80::kProven); }
+
+// Calls body(scratch, stream) for the device of x and so many rows.
+template <class Body>
+void on_cuda(const Tensor& x, int64_t rows, const Body& body) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(x.get_device_index()));
+  const int64_t bytes = sm80::scratch_bytes(rows);
+  const Tensor scratch = empty(x, &bytes, 1, ScalarType::Byte);
+  body(scratch.mutable_data_ptr(), current_cuda_stream(x));
+}
+#else
+void check_cuda_kernels(const char* op) {
+  throw std::runtime_error(std::string(op) +
+                           ": an argument is on cuda, and this build of fastsparse has no CUDA kernels "
+                           "(FASTSPARSE_CUDA=ON makes them)");
+}
+#endif
 
 // Logits [..., C] as rows; `held` keeps a copy alive where the tensor itself can't be read row by row.
 struct Logits {
@@ -74,11 +100,9 @@ Tensor grad_like(const Tensor& student) {
   return empty(student, shape, student.dim(), dtype);
 }
 
-Tensor number(const Tensor& like, double value) {
-  Tensor t = empty(like, nullptr, 0, ScalarType::Float);
-  *static_cast<float*>(t.mutable_data_ptr()) = static_cast<float>(value);
-  return t;
-}
+// A result of no dimensions; its value is written behind `float_of`.
+Tensor number(const Tensor& like) { return empty(like, nullptr, 0, ScalarType::Float); }
+float* float_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 // (loss, gradient or the student again where none is wanted)
 std::tuple<Tensor, Tensor> kl(const Tensor& student, const Tensor& teacher, double temperature, int64_t reduction,
@@ -108,23 +132,34 @@ std::tuple<Tensor, Tensor> kl(const Tensor& student, const Tensor& teacher, doub
     for (int64_t i = 0; i + 1 < dims; ++i) shape[i] = student.size(i);
     loss = empty(student, shape, dims - 1, ScalarType::Float);
     c.args.row_loss = static_cast<float*>(loss.mutable_data_ptr());
-    c.args.row_scale = weight;
   }
+  c.args.row_scale = weight;
   a.kl_weight = temperature / divisor;
   if (want_grad) {
     grad = grad_like(student);
     a.grad = grad.mutable_data_ptr();
   }
+  float* total = nullptr;
+  if (reduction != kNone) {
+    loss = number(student);
+    total = float_of(loss);
+  }
+#if defined(FASTSPARSE_WITH_CUDA)
+  if (student.is_cuda()) {
+    on_cuda(student, a.rows, [&](void* scratch, void* stream) { sm80::kl_div(c.args, total, scratch, stream); });
+    return {loss, grad};
+  }
+#endif
   const Sums sums = fs::kl_loss::loss(select(), c.args);
-  if (reduction != kNone) loss = number(student, sums.kl * weight);
+  if (total != nullptr) *total = static_cast<float>(sums.kl * weight);
   return {loss, grad};
 }
 
-Tensor kl_cpu(Tensor student, Tensor teacher, double temperature, int64_t reduction) {
+Tensor kl_op(Tensor student, Tensor teacher, double temperature, int64_t reduction) {
   return std::get<0>(kl(student, teacher, temperature, reduction, false));
 }
 
-std::tuple<Tensor, Tensor> kl_train_cpu(Tensor student, Tensor teacher, double temperature, int64_t reduction) {
+std::tuple<Tensor, Tensor> kl_train_op(Tensor student, Tensor teacher, double temperature, int64_t reduction) {
   return kl(student, teacher, temperature, reduction, true);
 }
 
@@ -148,6 +183,22 @@ Distilled distill(const Tensor& student, const Tensor& teacher, const Tensor& ta
   const Tensor targets = as_contiguous(target);
   a.target = static_cast<const int64_t*>(targets.const_data_ptr());
   a.ignore_index = ignore_index;
+  a.kl_weight = alpha * temperature;
+  a.ce_weight = 1 - alpha;
+  Tensor grad = student;
+  if (want_grad) {
+    grad = grad_like(student);
+    a.grad = grad.mutable_data_ptr();
+  }
+  const Distilled d{number(student), number(student), number(student), grad};
+#if defined(FASTSPARSE_WITH_CUDA)
+  if (student.is_cuda()) {  // the targets in device memory are not looked at here
+    on_cuda(student, a.rows, [&](void* scratch, void* stream) {
+      sm80::distill_loss(a, alpha, {float_of(d.loss), float_of(d.kl), float_of(d.ce)}, scratch, stream);
+    });
+    return d;
+  }
+#endif
   int64_t valid = 0;
   for (int64_t r = 0; r < a.rows; ++r) {
     if (a.target[r] == ignore_index) continue;
@@ -158,39 +209,45 @@ Distilled distill(const Tensor& student, const Tensor& teacher, const Tensor& ta
                          " at row " + std::to_string(r));
   }
   const double divisor = valid == 0 ? 1 : static_cast<double>(valid);  // the mean of nothing is 0
-  a.kl_weight = alpha * temperature / divisor;
-  a.ce_weight = (1 - alpha) / divisor;
-  Tensor grad = student;
-  if (want_grad) {
-    grad = grad_like(student);
-    a.grad = grad.mutable_data_ptr();
-  }
+  a.kl_weight /= divisor;
+  a.ce_weight /= divisor;
   const Sums sums = fs::kl_loss::loss(select(), c.args);
   const double kl = sums.kl * temperature * temperature / divisor, ce = sums.ce / divisor;
-  return {number(student, alpha * kl + (1 - alpha) * ce), number(student, kl), number(student, ce), grad};
+  *float_of(d.loss) = static_cast<float>(alpha * kl + (1 - alpha) * ce);
+  *float_of(d.kl) = static_cast<float>(kl);
+  *float_of(d.ce) = static_cast<float>(ce);
+  return d;
 }
 
-std::tuple<Tensor, Tensor, Tensor> distill_cpu(Tensor student, Tensor teacher, Tensor target, double temperature,
-                                               double alpha, int64_t ignore_index) {
+std::tuple<Tensor, Tensor, Tensor> distill_op(Tensor student, Tensor teacher, Tensor target, double temperature,
+                                              double alpha, int64_t ignore_index) {
   const Distilled d = distill(student, teacher, target, temperature, alpha, ignore_index, false);
   return {d.loss, d.kl, d.ce};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> distill_train_cpu(Tensor student, Tensor teacher, Tensor target,
-                                                             double temperature, double alpha, int64_t ignore_index) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> distill_train_op(Tensor student, Tensor teacher, Tensor target,
+                                                            double temperature, double alpha, int64_t ignore_index) {
   const Distilled d = distill(student, teacher, target, temperature, alpha, ignore_index, true);
   return {d.loss, d.kl, d.ce, d.grad};
 }
 
-[[noreturn]] void no_cuda(const char* op) {
-  throw std::runtime_error(std::string(op) + ": student_logits is on cuda, and there is no CUDA kernel for " + op +
-                           " yet");
+Tensor kl_cuda(Tensor student, Tensor teacher, double temperature, int64_t reduction) {
+  check_cuda_kernels(kKl);
+  return kl_op(student, teacher, temperature, reduction);
 }
-Tensor kl_cuda(Tensor, Tensor, double, int64_t) { no_cuda(kKl); }
-std::tuple<Tensor, Tensor> kl_train_cuda(Tensor, Tensor, double, int64_t) { no_cuda(kKl); }
-std::tuple<Tensor, Tensor, Tensor> distill_cuda(Tensor, Tensor, Tensor, double, double, int64_t) { no_cuda(kDistill); }
-std::tuple<Tensor, Tensor, Tensor, Tensor> distill_train_cuda(Tensor, Tensor, Tensor, double, double, int64_t) {
-  no_cuda(kDistill);
+std::tuple<Tensor, Tensor> kl_train_cuda(Tensor student, Tensor teacher, double temperature, int64_t reduction) {
+  check_cuda_kernels(kKl);
+  return kl_train_op(student, teacher, temperature, reduction);
+}
+std::tuple<Tensor, Tensor, Tensor> distill_cuda(Tensor student, Tensor teacher, Tensor target, double temperature,
+                                                double alpha, int64_t ignore_index) {
+  check_cuda_kernels(kDistill);
+  return distill_op(student, teacher, target, temperature, alpha, ignore_index);
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> distill_train_cuda(Tensor student, Tensor teacher, Tensor target,
+                                                              double temperature, double alpha, int64_t ignore_index) {
+  check_cuda_kernels(kDistill);
+  return distill_train_op(student, teacher, target, temperature, alpha, ignore_index);
 }
 
 }  // namespace
@@ -217,8 +274,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastsparse, CUDA, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsparse, CPU, m) {
-  m.impl("kl_div", TORCH_BOX(&fs::kl_loss::kl_cpu));
-  m.impl("kl_div_train", TORCH_BOX(&fs::kl_loss::kl_train_cpu));
-  m.impl("distill_loss", TORCH_BOX(&fs::kl_loss::distill_cpu));
-  m.impl("distill_loss_train", TORCH_BOX(&fs::kl_loss::distill_train_cpu));
+  m.impl("kl_div", TORCH_BOX(&fs::kl_loss::kl_op));
+  m.impl("kl_div_train", TORCH_BOX(&fs::kl_loss::kl_train_op));
+  m.impl("distill_loss", TORCH_BOX(&fs::kl_loss::distill_op));
+  m.impl("distill_loss_train", TORCH_BOX(&fs::kl_loss::distill_train_op));
 }

@@ -4,6 +4,10 @@
 
 #include "../runtime/table.h"
 
+#if defined(FASTSPARSE_WITH_CUDA)
+#include "cuda/sm80.h"
+#endif
+
 namespace fs::kl_loss {
 namespace {
 
@@ -33,7 +37,11 @@ void spoil(const std::string& name) {
 }
 
 std::vector<KernelInfo> kernel_infos() {
-  return kernels.infos([](const Kernels& row) { return "1x" + std::to_string(row.width); });
+  std::vector<KernelInfo> infos = kernels.infos([](const Kernels& row) { return "1x" + std::to_string(row.width); });
+#if defined(FASTSPARSE_WITH_CUDA)
+  infos.push_back({"", sm80::kName, "cuda", "1x8", true, true, sm80::kProven});
+#endif
+  return infos;
 }
 
 bool stream(int64_t grad_bytes) { return grad_bytes > 4 * isa::l2_bytes(); }

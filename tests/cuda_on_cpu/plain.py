@@ -26,7 +26,7 @@ from typing import Any
 from unittest import mock
 
 HERE = Path(__file__).resolve().parent
-NOT_HERE = ("test_cuda_asan", "test_cuda_compiled", "test_cuda_defects", "test_cuda_status")
+NOT_HERE = ("test_cuda_asan", "test_cuda_compiled", "test_cuda_defects", "test_cuda_status", "test_cuda_wrappers")
 
 
 class _Mark:

@@ -1,7 +1,7 @@
 """The CUDA kernels of kl_loss on the CPU stand-in, against the float64 oracle.
 
 Bounds: 4e-6 of a loss; of a gradient 4e-6 of the probabilities that an element is the difference of, and its rounding.
-On a device exp2f may be wrong by two units in the last place, here by one half: the bounds have room for that.
+On a device exp2f may be wrong by two units in the last place, here by one half: one test makes it as wrong.
 """
 
 from __future__ import annotations
@@ -244,13 +244,51 @@ def test_nothing_to_average_is_zero(kernels: StandIn) -> None:
             assert torch.equal(gradient, torch.zeros(4, classes))
 
 
-# --- Planted defects: the kernels' own source with one line changed -------------------------------------------------
+# --- The kernels' own source, changed: a device's exp2f, planted defects --------------------------------------------
 
 SOURCE = builds.ROOT / "csrc" / "kl_loss" / "cuda" / "sm80.cu"
+
+
+def float32_only(text: str) -> str:
+    """Without the other types, which is three times faster to compile; no line before the launchers moves."""
+    return re.sub(r"    case DType::(bf16|f16):.*\n", "", text)
+
+
+# What CUDA promises of exp2f: two units in the last place; here any of -2 .. 2, scattered, and 2^0 is 1.
+ROUGH_EXP2F = """
+inline float rough_exp2f(float x) {
+  const unsigned bits = __float_as_uint(exp2f(x));
+  return x == 0.0f ? 1.0f : __uint_as_float(bits + (bits * 2654435761u >> 16) % 5 - 2);
+}
+"""
+
+
+@pytest.mark.skipif("CUDA_ON_CPU_BUILDS" in os.environ, reason="numbers only: the fast build is enough")
+def test_the_bounds_hold_with_a_rough_exp2f(tmp_path: Path) -> None:
+    text = float32_only(SOURCE.read_text()).replace("exp2f(", "rough_exp2f(")
+    assert text.count("rough_exp2f(") == 2
+    begin = text.index("namespace fs::kl_loss::sm80 {")
+    kernels = StandIn("fast", builds.variant("fast", SOURCE, text[:begin] + ROUGH_EXP2F + text[begin:], tmp_path))
+    for i, classes in enumerate([2, 3, 5, 9, 31, 100, 1000, 1025, 5003] * 4):
+        temperature, close = (1.0, 2.5)[i % 2], (0.0, 0.4, 0.1, 0.01)[i // 9]
+        student, teacher = logits(8, classes, close=close)
+        target = torch.randint(0, classes, (8,))
+        with kernels.launches():
+            got, gradient = kernels.kl_div(student, teacher, temperature, "none")
+            parts, _ = kernels.distill_loss(student, teacher, target, temperature, 0.3, with_grad=False)
+        want, wanted = oracle(reference.kl_div, student, teacher, temperature, "none")
+        assert_loss(got, want, (classes, close))
+        assert_gradient(gradient, wanted, shares(student, teacher, temperature, 1.0), (classes, close))
+        for part, expected in zip(
+            parts, reference.distill_loss(student, teacher, target, temperature, 0.3), strict=True
+        ):
+            assert abs(part.item() - expected.item()) <= LOSS * expected.item() + 2e-7, (classes, close)
+
+
 WRONG = "wrong result"
 
-# name: (function that holds the line, the line, what stands there instead, {build: what it must say}, lines of which a
-# race must name two)
+# name: (function that holds the line, the line, what stands there instead, {build: what it must say}, lines that a
+# report must name)
 Defect = tuple[str, str, str, dict[str, str], tuple[str, ...]]
 DEFECTS: dict[str, Defect] = {
     "no barrier between the warps' sums and their reader": (
@@ -265,7 +303,7 @@ DEFECTS: dict[str, Defect] = {
         "__syncthreads();",
         ";",
         {"race": "race: "},
-        ("shared.facts = facts", "facts = shared.facts"),
+        ("facts = shared.facts",),  # what is read too early leads to other races: which is found first, is the seed's
     ),
     "a tail that is read past its end": (
         "void load_group(",
@@ -298,6 +336,7 @@ def planted(defect: Defect) -> tuple[str, dict[str, int]]:
     begin = text.index(function)
     at = text.index(line, begin)
     text = text[:at] + instead + text[at + len(line) :]
+    text = float32_only(text)
     numbers = {}
     for mark in marks:
         (numbers[mark],) = [i for i, source in enumerate(text.splitlines(), 1) if mark in source]

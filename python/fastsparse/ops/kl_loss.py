@@ -79,7 +79,8 @@ def distill_loss(
     Args:
         student_logits: float32, bfloat16 or float16 [..., C], C >= 1; any strides.
         teacher_logits: the same shape, dtype and device; must not require a gradient: there is none for it.
-        target: int64 [...]; in [0, C) or `ignore_index`.
+        target: int64 [...]; in [0, C) or `ignore_index`. On CUDA another value is not refused (a look at it would wait
+            for the device): it gives a loss of NaN, and a gradient of NaN in its row.
         temperature: in [1e-6, 1e6]. alpha: in [0, 1].
         ignore_index: rows with this target count in neither part; their logits are not read, their gradient is 0.
         return_parts: also give the two means.
@@ -178,7 +179,7 @@ def _scaled(ctx: Any, again: Any, by: Tensor, dtype: torch.dtype) -> Tensor:
         return (gradient * by[..., None]).to(dtype) if by.dim() else (gradient * by).to(dtype)
     if by.dim():
         gradient.mul_(by[..., None])
-    elif by.item() != 1:
+    elif by.is_cuda or by.item() != 1:  # on CUDA a look at the value would wait for the device
         gradient.mul_(by)
     return gradient.to(dtype)
 
