@@ -15,7 +15,7 @@ from typing import Any
 import builds
 import pytest
 import torch
-from standin import Finding, StandIn
+from standin import SEEDS, Finding, StandIn
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,7 +23,6 @@ from fastsparse import reference
 from ops.test_kl_loss import DTYPES, INF, NAN, REDUCTIONS, assert_gradient, logits, shares, with_gradient
 from support import same_bits, strided
 
-SEEDS = [0, 1, 2]
 # Round a group of 8 and a lane's first, a warp's pass of 256, the row where a block takes over from a warp (1024), a
 # block's pass of 2048.
 CLASSES = [1, 2, 7, 8, 9, 31, 32, 33, 255, 257, 1000, 1024, 1025, 2047, 2049, 5003]
