@@ -29,6 +29,10 @@ MAY_SPILL: dict[str, str] = {}
 # The instructions that make a kernel what its header says it is.
 INSTRUCTIONS = {
     "csrc/int8_gemm/cuda/sm80.cu": {"multiply": ["IMMA.16832.S8.S8", "LDGSTS.E", "LDSM.16.M88.4"]},
+    "csrc/kl_loss/cuda/sm80.cu": {
+        "rows_by_warp": ["LDG.E.128", "MUFU.EX2", "SHFL.BFLY", "STG.E.EF.128"],
+        "rows_by_block": ["LDG.E.128", "MUFU.EX2", "SHFL.BFLY", "STG.E.EF.128"],
+    },
     "csrc/qdq/cuda/sm80.cu": {
         "quantize_all": ["LDG.E.128", "STG.E.64"],
         "dequantize_all": ["LDG.E.64", "STG.E.128"],

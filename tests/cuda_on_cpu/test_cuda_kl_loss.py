@@ -1,6 +1,7 @@
 """The CUDA kernels of kl_loss on the CPU stand-in, against the float64 oracle.
 
-Bounds: 4e-6 of a loss; of a gradient 4e-6 of the probabilities that an element is the difference of, and its rounding.
+Bounds: 4e-6 of a loss (2e-5 on a device); of a gradient 4e-6 of the probabilities that an element is
+the difference of, and its rounding.
 On a device exp2f may be wrong by two units in the last place, here by one half: one test makes it as wrong.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import builds
 import pytest
 import torch
-from standin import Finding, StandIn
+from standin import SEEDS, Finding, StandIn
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,21 +24,21 @@ from fastsparse import reference
 from ops.test_kl_loss import DTYPES, INF, NAN, REDUCTIONS, assert_gradient, logits, shares, with_gradient
 from support import same_bits, strided
 
-SEEDS = [0, 1, 2]
 # Round a group of 8 and a lane's first, a warp's pass of 256, the row where a block takes over from a warp (1024), a
 # block's pass of 2048.
 CLASSES = [1, 2, 7, 8, 9, 31, 32, 33, 255, 257, 1000, 1024, 1025, 2047, 2049, 5003]
 LONG = 65539  # four times kLongRow: a block of 1024 threads
 LOSS = 4e-6
+LOSS_ON_A_DEVICE = 2e-5
 
 
-def assert_loss(got: Tensor, want: Tensor, what: Any = "") -> None:
+def assert_loss(got: Tensor, want: Tensor, what: Any = "", part: float = LOSS) -> None:
     assert got.shape == want.shape, what
     finite = want.isfinite()
     assert torch.equal(got[~finite].isnan(), want[~finite].isnan()), what
     assert torch.equal(got[want.isinf()].double(), want[want.isinf()].double()), what
     error = (got.double() - want.double())[finite].abs()
-    assert (error <= LOSS * want[finite].abs() + 1e-12).all(), (what, got, want)
+    assert (error <= part * want[finite].abs() + 1e-12).all(), (what, got, want)
 
 
 def oracle(loss: Callable[..., Any], student: Tensor, *rest: Any) -> tuple[Any, Tensor]:
@@ -271,18 +272,19 @@ def test_the_bounds_hold_with_a_rough_exp2f(tmp_path: Path) -> None:
     kernels = StandIn("fast", builds.variant("fast", SOURCE, text[:begin] + ROUGH_EXP2F + text[begin:], tmp_path))
     for i, classes in enumerate([2, 3, 5, 9, 31, 100, 1000, 1025, 5003] * 4):
         temperature, close = (1.0, 2.5)[i % 2], (0.0, 0.4, 0.1, 0.01)[i // 9]
-        student, teacher = logits(8, classes, close=close)
-        target = torch.randint(0, classes, (8,))
+        rows = 64 if classes < 200 else 8
+        student, teacher = logits(rows, classes, close=close)
+        target = torch.randint(0, classes, (rows,))
         with kernels.launches():
             got, gradient = kernels.kl_div(student, teacher, temperature, "none")
             parts, _ = kernels.distill_loss(student, teacher, target, temperature, 0.3, with_grad=False)
         want, wanted = oracle(reference.kl_div, student, teacher, temperature, "none")
-        assert_loss(got, want, (classes, close))
+        assert_loss(got, want, (classes, close), LOSS_ON_A_DEVICE)
         assert_gradient(gradient, wanted, shares(student, teacher, temperature, 1.0), (classes, close))
         for part, expected in zip(
             parts, reference.distill_loss(student, teacher, target, temperature, 0.3), strict=True
         ):
-            assert abs(part.item() - expected.item()) <= LOSS * expected.item() + 2e-7, (classes, close)
+            assert abs(part.item() - expected.item()) <= LOSS_ON_A_DEVICE * expected.item() + 2e-7, (classes, close)
 
 
 WRONG = "wrong result"
