@@ -35,10 +35,12 @@ struct LaunchConfig {
 template <class... Parameters, class... Args>
 void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Args... args) {
 #if defined(FS_SIMT)
-  // It reads the launcher's memory, which is the one place where that is right.
+  // They read the launcher's memory, which is the one place where that is right; inlining moves reads from one to the
+  // other.
   auto call = [&]() __attribute__((no_sanitize("thread"))) { kernel(static_cast<Parameters>(args)...); };
   simt::run(
-      config.grid, config.block, config.shared_bytes, [](void* c) { (*static_cast<decltype(call)*>(c))(); }, &call);
+      config.grid, config.block, config.shared_bytes,
+      [](void* c) __attribute__((no_sanitize("thread"))) { (*static_cast<decltype(call)*>(c))(); }, &call);
 #else
   if (config.shared_bytes > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
