@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+
+import planted
 import pytest
 import torch
-from standin import StandIn
+from standin import Finding, StandIn
 from torch import Tensor
 
 from fastsparse import ops, reference
@@ -97,3 +101,122 @@ def test_damaged_bitmap32_is_never_read_outside(kernels: StandIn) -> None:
         pack[:64] = clean[:64]
         with kernels.launches(seed):
             kernels.sparse_linear(torch.randn(2, k), pack, n)
+
+
+# --- nm24 ------------------------------------------------------------------------------------------------------------
+
+HALVES = [torch.bfloat16, torch.float16]
+# Off every tile: rows 32, 128, 8; outputs 16, 128, 8; k 4, 64 and the ring of 3 stages.
+SHAPES_24 = [
+    (1, 1, 1),
+    (2, 130, 64),
+    (5, 16, 67),
+    (32, 129, 255),
+    (33, 136, 264),
+    (129, 15, 320),
+    (40, 257, 96),
+]
+
+
+def sparse24(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Two random places of every four, some of them zero as well; a row of zeros."""
+    generator = torch.Generator().manual_seed(1000 * seed + n + k)
+    w = torch.randn(n, k, generator=generator)
+    groups = -(-k // 4)
+    places = torch.rand(n, groups, 4, generator=generator).argsort(-1)
+    w = torch.where(places.reshape(n, 4 * groups)[:, :k] < 2, w, 0.0) * (torch.rand(n, k, generator=generator) < 0.9)
+    if n > 1:
+        w[n // 2] = 0
+    return w.to(dtype)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_nm24(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
+    for i, (m, n, k) in enumerate(SHAPES_24 + EMPTY):
+        w, x = sparse24(n, k, dtype, seed), torch.randn(m, k).to(dtype)
+        x = strided(x) if i % 3 == 1 else x
+        bias, activation = torch.randn(n) if i % 2 else None, ACTIVATIONS[(i + seed) % 4]
+        with kernels.launches(seed, offset=i % 2):
+            got = kernels.sparse_linear(x, ops.pack(w, "nm24"), n, bias, activation, "nm24")
+            assert kernels.bank_conflicts() == 0
+        assert got.shape == (m, n)
+        assert got.dtype == dtype
+        assert_close(got, x, w, bias, activation, (m, n, k))
+
+
+def test_nm24_takes_whole_numbers_exactly(kernels: StandIn) -> None:
+    # Products and sums are whole numbers far below 2^24, results below 2^8: any order gives the same.
+    m, n, k = 70, 200, 130
+    for dtype in HALVES:
+        w = sparse24(n, k, dtype).sign()
+        x = torch.randint(-1, 2, (m, k)).to(dtype)
+        with kernels.launches():
+            got = kernels.sparse_linear(x, ops.pack(w, "nm24"), n, format="nm24")
+        assert torch.equal(got.double(), reference.sparse_linear(x, w))
+
+
+def test_an_nm24_weight_wants_its_own_dtype(kernels: StandIn) -> None:
+    pack = ops.pack(sparse24(4, 8, torch.float16), "nm24")
+    with kernels.launches(), pytest.raises(Finding, match="x must have the dtype of an nm24 weight"):
+        kernels.sparse_linear(torch.randn(2, 8).bfloat16(), pack, 4, format="nm24")
+
+
+# --- Defects planted in copies of these kernels: the tests above would see them --------------------------------------
+
+FEW, MMA = "sparse_matmul/cuda/sm80_few_rows.cu", "sparse_matmul/cuda/sm80_mma_sp.cu"
+WRONG, CONFLICTS = "wrong result", "bank conflicts"
+# what is wrong: (source, right, wrong, build that sees it, what it says)
+DEFECTS = {
+    "a lane counts its own bit too": (FEW, "(1u << lane) - 1", "(2u << lane) - 1", "fast", WRONG),
+    "x read before all lanes wrote it": (
+        FEW,
+        ": 0.0f;\n    __syncwarp();\n",
+        ": 0.0f;\n",
+        "race",
+        r"race: .*sm80_few_rows\.cu:\d+",
+    ),
+    "a wait that leaves one group too many": (
+        MMA,
+        "wait<kStages - 2>",
+        "wait<kStages - 1>",
+        "fast",
+        r"sm80_mma_sp\.cu:\d+: metadata must name",
+    ),
+    "the wrong half of the positions": (MMA, "mma_sp<T, kHalf>(", "mma_sp<T, 1 - kHalf>(", "fast", WRONG),
+    "a lost swizzle": (MMA, "16 * (chunk ^ (row % 8))", "16 * chunk", "fast", CONFLICTS),
+    "results over a stage that others still read": (
+        MMA,
+        "__syncthreads();  // nobody reads a stage any more",
+        "// nobody reads a stage any more",
+        "race",
+        r"race: .*sm80_mma_sp\.cu:\d+",
+    ),
+}
+
+
+@pytest.mark.skipif("CUDA_ON_CPU_BUILDS" in os.environ, reason="fast and race, in the process without sanitizers")
+@pytest.mark.parametrize("name", DEFECTS)
+def test_planted_defects_are_caught(name: str) -> None:
+    source, right, wrong, build, expected = DEFECTS[name]
+    kernels = planted.load(build, source, right, wrong)
+    m, n, k = 40, 130, 260
+    format = "bitmap32" if source == FEW else "nm24"
+    w = sparse(n, k, 0.5) if source == FEW else sparse24(n, k, torch.float16)
+    x = torch.randn(m, k).to(w.dtype)
+    report = ""
+    try:
+        with kernels.launches():
+            got = kernels.sparse_linear(x, ops.pack(w, format), n, format=format)
+            conflicts = kernels.bank_conflicts()
+    except Finding as finding:
+        report = str(finding)
+    if report:
+        assert re.search(expected, report), report
+    elif expected == CONFLICTS:
+        assert_close(got, x, w, None, None, "conflicts cost time only")
+        assert conflicts > 0
+    else:
+        assert expected == WRONG, "nothing was found"
+        with pytest.raises(AssertionError):
+            assert_close(got, x, w, None, None, "")

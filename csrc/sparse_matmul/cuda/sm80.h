@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../../runtime/dtype.h"
+#include "../formats/nm24.h"
 #include "../sparse_matmul.h"
 
 namespace fs::sparse_matmul::sm80 {
@@ -26,5 +27,8 @@ struct Rows {
 // sm80_few_rows.cu: a bitmap32 pack, made for m up to 16; more rows go through 16 at a time, each pass reading the
 // weight.
 void linear_bitmap32(const Pack& weight, const Rows& rows, void* stream);
+
+// sm80_mma_sp.cu: an nm24 pack, x and y of the weight's dtype, any number of rows.
+void linear_nm24(const nm24::Weight& weight, const Rows& rows, void* stream);
 
 }  // namespace fs::sparse_matmul::sm80
