@@ -8,6 +8,11 @@
 #include <optional>
 
 #include "../runtime/checks.h"
+#if defined(FASTSPARSE_WITH_CUDA)
+#include "../runtime/cuda/torch_stream.h"
+#include "cuda/sm80.h"
+#endif
+#include "formats/nm24.h"
 #include "formats/sparse.h"
 #include "select.h"
 #include "sparse_matmul.h"
@@ -25,19 +30,20 @@ const uint8_t* pack_bytes(const char* op, const char* name, const Tensor& pack) 
   return static_cast<const uint8_t*>(pack.const_data_ptr());
 }
 
-Tensor linear_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias, int64_t activation) {
-  check_cpu(kLinear, "x", x);
-  check_dtype(kLinear, "x", x, ScalarType::Float);
+// The arguments of sparse_linear but for the pack, checked, with the tensors that keep their memory alive.
+struct CheckedRows {
+  Tensor rows, bias, y;
+  int64_t m, x_stride;
+  const float* bias_data;  // or null
+};
+
+// `n`: what the caller says, or -1; pack_n, k: what the pack says.
+CheckedRows check_rows(const Tensor& x, int64_t n, const std::optional<Tensor>& bias, int64_t activation,
+                       int64_t pack_n, int64_t k) {
   const int64_t dims = x.dim();
-  if (dims < 1) fail(kLinear, "x must have at least one dimension, got x[]");
-  check_same_device(kLinear, "weight", weight, x);
-  LinearArgs args{};
-  const std::string error = formats::view(pack_bytes(kLinear, "weight", weight), weight.numel(), &args.weight);
-  if (!error.empty()) fail(kLinear, "weight must be a sparse float32 pack: " + error);
-  if (n >= 0 && n != args.weight.n)
-    fail(kLinear, "out_features must be the pack's N=" + std::to_string(args.weight.n) + ", got " + std::to_string(n));
-  n = args.weight.n;
-  const int64_t k = args.weight.k;
+  if (n >= 0 && n != pack_n)
+    fail(kLinear, "out_features must be the pack's N=" + std::to_string(pack_n) + ", got " + std::to_string(n));
+  n = pack_n;
   if (x.size(dims - 1) != k)
     fail(kLinear,
          "x must have K=" + std::to_string(k) + " columns to match the packed weight, got " + shape_of("x", x));
@@ -51,29 +57,81 @@ Tensor linear_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias
 
   // Rows that lie apart by a constant step are read where they are; anything else is copied.
   const bool strided_matrix = dims == 2 && x.stride(1) == 1 && x.stride(0) >= k;
-  const Tensor rows = strided_matrix ? x : as_contiguous(x);
-  const Tensor bias_vector = bias.has_value() ? as_contiguous(*bias) : weight;
-  args.m = 1;
+  int64_t m = 1;
   int64_t shape[64];  // torch allows no more dimensions
-  for (int64_t i = 0; i + 1 < dims; ++i) args.m *= shape[i] = x.size(i);
+  for (int64_t i = 0; i + 1 < dims; ++i) m *= shape[i] = x.size(i);
   shape[dims - 1] = n;
-  Tensor y = empty(x, shape, dims, ScalarType::Float);
-  args.x = static_cast<const float*>(rows.const_data_ptr());
-  args.x_stride = strided_matrix ? x.stride(0) : k;
-  args.bias = bias.has_value() ? static_cast<const float*>(bias_vector.const_data_ptr()) : nullptr;
+  CheckedRows c{strided_matrix ? x : as_contiguous(x),  bias.has_value() ? as_contiguous(*bias) : x,
+                empty(x, shape, dims, x.scalar_type()), m,
+                strided_matrix ? x.stride(0) : k,       nullptr};
+  if (bias.has_value()) c.bias_data = static_cast<const float*>(c.bias.const_data_ptr());
+  return c;
+}
+
+Tensor linear_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias, int64_t activation) {
+  check_cpu(kLinear, "x", x);
+  check_dtype(kLinear, "x", x, ScalarType::Float);
+  if (x.dim() < 1) fail(kLinear, "x must have at least one dimension, got x[]");
+  check_same_device(kLinear, "weight", weight, x);
+  LinearArgs args{};
+  const std::string error = formats::view(pack_bytes(kLinear, "weight", weight), weight.numel(), &args.weight);
+  if (!error.empty()) fail(kLinear, "weight must be a sparse float32 pack: " + error);
+  CheckedRows c = check_rows(x, n, bias, activation, args.weight.n, args.weight.k);
+  args.m = c.m;
+  args.x = static_cast<const float*>(c.rows.const_data_ptr());
+  args.x_stride = c.x_stride;
+  args.bias = c.bias_data;
   args.activation = static_cast<Activation>(activation);
-  args.y = static_cast<float*>(y.mutable_data_ptr());
+  args.y = static_cast<float*>(c.y.mutable_data_ptr());
   linear(select(), args);
-  return y;
+  return c.y;
 }
 
 Tensor train_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias) {
   return linear_cpu(x, weight, n, bias, 0);
 }
 
-Tensor linear_cuda(Tensor, Tensor, int64_t, std::optional<Tensor>, int64_t) {
-  throw std::runtime_error("sparse_linear: x is on cuda, and there is no CUDA kernel for sparse_linear yet");
+#if defined(FASTSPARSE_WITH_CUDA)
+Tensor linear_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias, int64_t activation) {
+  check_proven(kLinear, sm80::kName, sm80::kProven);
+  const DType dtype = float_dtype(kLinear, "x", x);
+  if (x.dim() < 1) fail(kLinear, "x must have at least one dimension, got x[]");
+  check_same_device(kLinear, "weight", weight, x);
+  const uint8_t* bytes = pack_bytes(kLinear, "weight", weight);
+  const int64_t size = weight.numel();
+  if (size < kPackHeaderBytes)
+    fail(kLinear, "weight must be a sparse pack: got " + std::to_string(size) + " bytes, a header alone has 64");
+  // The header says format and sizes: a small copy, and the host waits for the stream (docs/kernels/sparse_matmul.md).
+  const Tensor head = torch::stable::to(torch::stable::narrow(weight, 0, 0, kPackHeaderBytes),
+                                        torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  PackHeader header;
+  std::memcpy(&header, head.const_data_ptr(), sizeof header);
+  Pack bitmap{};
+  nm24::Weight sparse24{};
+  const bool is_nm24 = header.format == nm24::kFormat;
+  const std::string error =
+      is_nm24 ? nm24::view(header, bytes, size, &sparse24) : formats::view_bitmap32(header, bytes, size, &bitmap);
+  if (!error.empty()) fail(kLinear, "weight must be a sparse pack for CUDA: " + error);
+  if (is_nm24 && dtype != sparse24.dtype)
+    fail(kLinear, std::string("x must be ") + (sparse24.dtype == DType::f16 ? "float16" : "bfloat16") +
+                      " like the nm24 weight, got " + dtype_name(x.scalar_type()));
+  CheckedRows c = check_rows(x, n, bias, activation, header.n, header.k);
+  const sm80::Rows rows{
+      c.rows.const_data_ptr(), dtype, c.x_stride, c.m, c.bias_data, static_cast<Activation>(activation),
+      c.y.mutable_data_ptr()};
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(x.get_device_index()));
+  if (is_nm24)
+    sm80::linear_nm24(sparse24, rows, current_cuda_stream(x));
+  else
+    sm80::linear_bitmap32(bitmap, rows, current_cuda_stream(x));
+  return c.y;
 }
+#else
+Tensor linear_cuda(Tensor, Tensor, int64_t, std::optional<Tensor>, int64_t) {
+  throw std::runtime_error(
+      "sparse_linear: x is on cuda, and this build of fastsparse has no CUDA kernels (FASTSPARSE_CUDA=ON makes one)");
+}
+#endif
 
 Tensor train_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias) {
   return linear_cuda(x, weight, n, bias, 0);
@@ -122,6 +180,51 @@ Tensor unpack_cpu(Tensor pack, int64_t n, int64_t k) {
   return out;
 }
 
+// --- nm24 ------------------------------------------------------------------------------------------------------------
+
+Tensor nm24_pack_cpu(Tensor weight) {
+  constexpr const char* kOp = "nm24_pack";
+  check_cpu(kOp, "weight", weight);
+  const DType dtype = float_dtype(kOp, "weight", weight);
+  if (dtype == DType::f32) fail(kOp, "weight must be float16 or bfloat16, got float32");
+  if (weight.dim() != 2) fail(kOp, "weight must be a matrix [N, K], got " + shape_of("weight", weight));
+  const int64_t n = weight.size(0), k = weight.size(1);
+  if (n >= kLargestSide || k >= kLargestSide)
+    fail(kOp, "weight must have sides below 2^31, got " + shape_of("weight", weight));
+  nm24::NotSparse where;
+  const std::vector<uint8_t> bytes = nm24::pack(static_cast<const uint16_t*>(weight.const_data_ptr()), weight.stride(0),
+                                                weight.stride(1), n, k, dtype, &where);
+  if (where.row >= 0)
+    fail(kOp, "weight must have at most 2 of every 4 consecutive k not zero (2:4) for nm24, got " +
+                  std::to_string(where.count) + " in row " + std::to_string(where.row) + ", k " +
+                  std::to_string(where.k) + " to " + std::to_string(where.k + 3));
+  Tensor out = empty(weight, std::array{static_cast<int64_t>(bytes.size())}.data(), 1, ScalarType::Byte);
+  std::memcpy(out.mutable_data_ptr(), bytes.data(), bytes.size());
+  return out;
+}
+
+nm24::Weight valid_nm24(const char* op, const Tensor& pack) {
+  check_cpu(op, "pack", pack);
+  nm24::Weight weight{};
+  const std::string error = nm24::validate(pack_bytes(op, "pack", pack), pack.numel(), &weight);
+  if (!error.empty()) fail(op, "pack must be an nm24 pack: " + error);
+  return weight;
+}
+
+int64_t nm24_validate_cpu(Tensor pack) { return valid_nm24("nm24_validate", pack).n; }
+
+Tensor nm24_unpack_cpu(Tensor pack, int64_t n, int64_t k, bool bfloat16) {
+  const nm24::Weight weight = valid_nm24("nm24_unpack", pack);
+  if (weight.n != n || weight.k != k || (weight.dtype == DType::bf16) != bfloat16)
+    fail("nm24_unpack", "pack must be of [N=" + std::to_string(n) + ", K=" + std::to_string(k) +
+                            "] and the dtype "
+                            "asked for, got [N=" +
+                            std::to_string(weight.n) + ", K=" + std::to_string(weight.k) + "]");
+  Tensor out = empty(pack, std::array{n, k}.data(), 2, bfloat16 ? ScalarType::BFloat16 : ScalarType::Half);
+  nm24::unpack(weight, static_cast<uint16_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
 }  // namespace
 }  // namespace fs::sparse_matmul
 
@@ -133,6 +236,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
   m.def("sparse_pack(Tensor weight, int format) -> Tensor");
   m.def("sparse_validate(Tensor pack) -> int");
   m.def("sparse_unpack(Tensor pack, int n, int k) -> Tensor");
+  m.def("nm24_pack(Tensor weight) -> Tensor");
+  m.def("nm24_validate(Tensor pack) -> int");
+  m.def("nm24_unpack(Tensor pack, int n, int k, bool bfloat16) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsparse, CUDA, m) {
@@ -146,4 +252,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastsparse, CPU, m) {
   m.impl("sparse_pack", TORCH_BOX(&fs::sparse_matmul::pack_cpu));
   m.impl("sparse_validate", TORCH_BOX(&fs::sparse_matmul::validate_cpu));
   m.impl("sparse_unpack", TORCH_BOX(&fs::sparse_matmul::unpack_cpu));
+  m.impl("nm24_pack", TORCH_BOX(&fs::sparse_matmul::nm24_pack_cpu));
+  m.impl("nm24_validate", TORCH_BOX(&fs::sparse_matmul::nm24_validate_cpu));
+  m.impl("nm24_unpack", TORCH_BOX(&fs::sparse_matmul::nm24_unpack_cpu));
 }

@@ -2,6 +2,10 @@
 
 #include "../runtime/table.h"
 
+#if defined(FASTSPARSE_WITH_CUDA)
+#include "cuda/sm80.h"
+#endif
+
 namespace fs::sparse_matmul {
 namespace {
 
@@ -31,7 +35,11 @@ void spoil(const std::string& name) {
 }
 
 std::vector<KernelInfo> kernel_infos() {
-  return kernels.infos([](const Kernels&) { return "4x32, 3x16, 64x1"; });
+  std::vector<KernelInfo> infos = kernels.infos([](const Kernels&) { return "4x32, 3x16, 64x1"; });
+#if defined(FASTSPARSE_WITH_CUDA)
+  infos.push_back({"", sm80::kName, "cuda", "16x32, 128x128", true, true, sm80::kProven});
+#endif
+  return infos;
 }
 
 }  // namespace fs::sparse_matmul

@@ -95,13 +95,29 @@ def _sparse_linear(device: torch.device) -> Case:
             weight = torch.randn(n, k, generator=generator)
             weight *= torch.rand(n, k, generator=generator) >= zeros
             x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
-            packs = {name: ops.pack(weight, name).to(device) for name in ("bitmap32", "sell16", "panels128")}
+            formats = ("bitmap32",) if device.type == "cuda" else ("bitmap32", "sell16", "panels128")
+            packs = {name: ops.pack(weight, name).to(device) for name in formats}
             for activation in _ACTIVATIONS:
                 expected = reference.sparse_linear(x, weight, bias, activation)
                 for format, pack in packs.items():
                     got = ops.sparse_linear(x.to(device), pack, bias.to(device), activation)
                     what = f"sparse_linear M={m} N={n} K={k} zeros {zeros} {format} {activation}"
                     yield what, _error(got.cpu(), expected) / _SPARSE_TOLERANCE
+
+
+def _sparse_linear_24(device: torch.device) -> Case:
+    """The format nm24, which runs on CUDA only."""
+    generator = torch.Generator().manual_seed(2)
+    for (m, k, n), dtype in itertools.product(_SHAPES, (torch.float16, torch.bfloat16)):
+        weight = torch.randn(n, k, generator=generator).to(dtype)
+        weight[:, torch.arange(k) % 4 > 1] = 0
+        x, bias = torch.randn(m, k, generator=generator).to(dtype), torch.randn(n, generator=generator)
+        for activation in _ACTIVATIONS:
+            pack = ops.pack(weight, "nm24").to(device)
+            got = ops.sparse_linear(x.to(device), pack, bias.to(device), activation)
+            expected = reference.sparse_linear(x, weight, bias, activation)
+            what = f"sparse_linear M={m} N={n} K={k} nm24 {str(dtype).removeprefix('torch.')} {activation}"
+            yield what, _error(got.cpu(), expected) / _TOLERANCE[dtype]
 
 
 def _error(got: Tensor, expected: Tensor) -> float:
@@ -157,6 +173,7 @@ CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
     ("kl_loss", "cpu"): [_kl_loss],
     ("kl_loss", "cuda"): [_kl_loss],
     ("sparse_matmul", "cpu"): [_sparse_linear],
+    ("sparse_matmul", "cuda"): [_sparse_linear, _sparse_linear_24],
 }
 
 

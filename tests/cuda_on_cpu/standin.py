@@ -266,6 +266,28 @@ class StandIn:
         )
         return y.clone()
 
+    # --- sparse_matmul -----------------------------------------------------------------------------------------------
+
+    def sparse_linear(
+        self,
+        x: Tensor,
+        pack: Tensor,
+        out_features: int,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        format: str = "bitmap32",
+    ) -> Tensor:
+        """As ops.sparse_linear, for a matrix x and a pack of `format`."""
+        m, k = x.shape
+        y = self.empty((m, out_features), x.dtype)
+        offset, self.offset = self.offset, 0  # torch's allocator aligns packs
+        weight = self.copy(pack)
+        self.offset = offset
+        there, stride = self.strided_copy(x), x.stride(0) if k else 0
+        parameters = [weight, pack.numel(), self.copy(bias), _ACTIVATIONS[activation], y]
+        self.call(f"sparse_matmul_{format}", there, _FLOATS[x.dtype], stride, m, *parameters)
+        return y.clone()
+
 
 def _channels(x: Tensor, scale: Tensor, axis: int | None) -> tuple[int, int, int]:
     """x as [outer, channels, inner], as ops.cpp sees it."""

@@ -38,6 +38,10 @@ INSTRUCTIONS = {
         "dequantize_all": ["LDG.E.64", "STG.E.128"],
         "token_by_warp": ["LDG.E.128", "SHFL.BFLY", "STG.E.64"],
     },
+    "csrc/sparse_matmul/cuda/sm80_few_rows.cu": {"few_rows": ["POPC", "SHFL.IDX", "REDUX.SUM", "LDS.128"]},
+    "csrc/sparse_matmul/cuda/sm80_mma_sp.cu": {
+        "multiply_sparse": ["HMMA.SP.16832.F32", "LDGSTS.E", "LDSM.16.M88.4", "STG.E.128"],
+    },
 }
 SOURCES = sorted(str(p.relative_to(builds.ROOT)) for p in (builds.ROOT / "csrc").glob("*/cuda/*.cu"))
 

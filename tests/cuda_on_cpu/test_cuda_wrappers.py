@@ -8,7 +8,7 @@ from standin import StandIn
 from torch import Tensor
 
 KINDS = {"s8": (0, torch.int8), "f16": (1, torch.float16), "bf16": (2, torch.bfloat16)}
-SPARSE = {"s8": (3, torch.int8), "f16": (4, torch.float16)}
+SPARSE = {"s8": (3, torch.int8), "f16": (4, torch.float16), "bf16": (5, torch.bfloat16)}
 
 
 def values(rows: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -42,7 +42,7 @@ def test_mma_sp(kernels: StandIn, name: str) -> None:
     words = [0] * 32
     for row in range(16):
         for chunk in range(k // 4):
-            if name == "f16":  # selector 1: lanes 2 and 3 of a quad
+            if name != "s8":  # selector 1: lanes 2 and 3 of a quad
                 lane, shift = 4 * (row % 8) + 2 + chunk // 4, 16 * (row // 8) + 4 * (chunk % 4)
             else:
                 lane, shift = 4 * (row % 8) + 2 * (chunk // 8) + row // 8, 4 * (chunk % 8)

@@ -36,7 +36,8 @@ __global__ void product(int kind, const uint32_t* a, const uint32_t* b, const ui
     case 1: fs::ptx::mma_f16(f, ra, rb); break;
     case 2: fs::ptx::mma_bf16(f, ra, rb); break;
     case 3: fs::ptx::mma_sp_s8(s, ra, rb4, meta); break;
-    default: fs::ptx::mma_sp_f16<1>(f, ra, rb4, meta); break;
+    case 4: fs::ptx::mma_sp_f16<1>(f, ra, rb4, meta); break;
+    default: fs::ptx::mma_sp_bf16<1>(f, ra, rb4, meta); break;
   }
   if (kind == 0 || kind == 3)
     store_d(s, static_cast<int32_t*>(out));

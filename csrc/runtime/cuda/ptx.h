@@ -232,6 +232,22 @@ __device__ __forceinline__ void mma_sp_f16(float (&d)[4], const uint32_t (&a)[4]
 #endif
 }
 
+template <int kSelector>
+__device__ __forceinline__ void mma_sp_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                            uint32_t metadata FS_LAST_AT) {
+  static_assert(kSelector == 0 || kSelector == 1, "two lanes of each quad hold the metadata");
+#if defined(FS_SIMT)
+  simt::mma_sp_bf16(d, a, b, metadata, kSelector, at);
+#else
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+        "n"(kSelector));
+#endif
+}
+
 // m16n8k64
 __device__ __forceinline__ void mma_sp_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
                                           uint32_t metadata FS_LAST_AT) {

@@ -133,6 +133,7 @@ void mma_s8(int32_t* d, const uint32_t* a, const uint32_t* b, At at);
 void mma_f16(float* d, const uint32_t* a, const uint32_t* b, At at);
 void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, At at);
 void mma_sp_f16(float* d, const uint32_t* a, const uint32_t* b, uint32_t metadata, int selector, At at);
+void mma_sp_bf16(float* d, const uint32_t* a, const uint32_t* b, uint32_t metadata, int selector, At at);
 void mma_sp_s8(int32_t* d, const uint32_t* a, const uint32_t* b, uint32_t metadata, At at);
 
 template <class T>

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "nm24.h"
+
 namespace fs::sparse_matmul::formats {
 namespace {
 
@@ -192,13 +194,13 @@ std::vector<uint8_t> pack(Format format, const float* weight, int64_t stride_n, 
   return out;
 }
 
-std::string view(const uint8_t* bytes, int64_t size, Pack* out) {
+namespace {
+
+std::string header_error(const PackHeader& h, int64_t size) {
   const auto text = [](auto value) { return std::to_string(value); };
-  if (size < kPackHeaderBytes) return "got " + text(size) + " bytes, a header alone has 64";
-  PackHeader h;
-  std::memcpy(&h, bytes, sizeof h);
   if (std::memcmp(h.magic, "fspk", 4) != 0)
     return "got bytes that do not begin with \"fspk\"; make one with ops.pack()";
+  if (h.format == nm24::kFormat) return "got nm24, which runs on CUDA only";
   if (h.format != kBitmap32 && h.format != kSell16 && h.format != kPanels128)
     return "got format " + text(h.format) + ", expected 2 (bitmap32), 3 (sell16) or 4 (panels128)";
   if (h.version != kVersion)
@@ -213,6 +215,28 @@ std::string view(const uint8_t* bytes, int64_t size, Pack* out) {
     return "got a damaged header: " + text(h.nonzeros) + " non-zeros";
   for (uint8_t byte : h.zero)
     if (byte != 0) return "got a damaged header: reserved bytes that are not zero";
+  return "";
+}
+
+// The pack with `total` values or steps, if its size is that.
+std::string sections(const PackHeader& h, const uint8_t* bytes, int64_t size, int64_t total, Pack* out) {
+  const auto text = [](auto value) { return std::to_string(value); };
+  const int64_t expected = layout(h.format, h.n, h.k, total).end;
+  if (size != expected || h.bytes != static_cast<uint64_t>(expected))
+    return "got " + text(size) + " bytes (the header says " + text(h.bytes) + "), expected " + text(expected);
+  *out = pointers(bytes, h.format, h.n, h.k, total);
+  return "";
+}
+
+}  // namespace
+
+std::string view(const uint8_t* bytes, int64_t size, Pack* out) {
+  const auto text = [](auto value) { return std::to_string(value); };
+  if (size < kPackHeaderBytes) return "got " + text(size) + " bytes, a header alone has 64";
+  PackHeader h;
+  std::memcpy(&h, bytes, sizeof h);
+  const std::string error = header_error(h, size);
+  if (!error.empty()) return error;
   int64_t total = h.nonzeros;
   if (h.format == kSell16) {  // the number of steps stands behind the last slice
     const Layout l = layout(kSell16, h.n, h.k, 0);
@@ -222,11 +246,15 @@ std::string view(const uint8_t* bytes, int64_t size, Pack* out) {
     if (steps > static_cast<uint64_t>(size)) return "got a damaged table: " + text(steps) + " steps";
     total = static_cast<int64_t>(steps);
   }
-  const int64_t expected = layout(h.format, h.n, h.k, total).end;
-  if (size != expected || h.bytes != static_cast<uint64_t>(expected))
-    return "got " + text(size) + " bytes (the header says " + text(h.bytes) + "), expected " + text(expected);
-  *out = pointers(bytes, h.format, h.n, h.k, total);
-  return "";
+  return sections(h, bytes, size, total, out);
+}
+
+std::string view_bitmap32(const PackHeader& header, const uint8_t* bytes, int64_t size, Pack* out) {
+  const std::string error = header_error(header, size);
+  if (!error.empty()) return error;
+  if (header.format != kBitmap32)
+    return std::string("got ") + name_of(header.format) + ", which runs on the CPU only; expected bitmap32 or nm24";
+  return sections(header, bytes, size, header.nonzeros, out);
 }
 
 std::string validate(const uint8_t* bytes, int64_t size) {

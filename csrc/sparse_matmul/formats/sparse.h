@@ -44,7 +44,10 @@ std::vector<uint8_t> pack(Format format, const float* weight, int64_t stride_n, 
 // header, and offset's last element: what it costs is in docs/kernels/sparse_matmul.md.
 std::string view(const uint8_t* bytes, int64_t size, Pack* out);
 
-// The same, then every index, count, offset, mask and gap: empty only for what pack() writes, apart from the values.
+// The same for a bitmap32 pack in the memory of a GPU, whose header was copied to the host; `bytes` is not read.
+std::string view_bitmap32(const PackHeader& header, const uint8_t* bytes, int64_t size, Pack* out);
+
+// As view(), then every index, count, offset, mask and gap: empty only for what pack() writes, apart from the values.
 std::string validate(const uint8_t* bytes, int64_t size);
 
 // The inverse of pack(), into a contiguous f32[n, k]; the pack has passed validate().

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsparse.ops._pack import HEADER
+from fastsparse.ops._pack import HEADER, read_header
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 
 FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4}
@@ -27,6 +27,9 @@ _sparse_linear_train = torch.ops.fastsparse.sparse_linear_train.default
 _sparse_pack = torch.ops.fastsparse.sparse_pack.default
 _sparse_unpack = torch.ops.fastsparse.sparse_unpack.default
 _sparse_validate = torch.ops.fastsparse.sparse_validate.default
+_nm24_pack = torch.ops.fastsparse.nm24_pack.default
+_nm24_unpack = torch.ops.fastsparse.nm24_unpack.default
+_nm24_validate = torch.ops.fastsparse.nm24_validate.default
 
 
 def sparse_linear(
@@ -42,9 +45,13 @@ def sparse_linear(
     is finite. A NaN or an infinity in x reaches the outputs whose weights are not zero; whether it reaches the others
     depends on the format.
 
+    On CUDA (off until a GPU has run it) the formats bitmap32 and nm24 have kernels. There the bits of y depend neither
+    on the rows of x nor on the launch, and are the CPU's for K <= 32; beyond, sums have another order.
+
     Args:
-        x: float32 [..., K]; any strides. bfloat16 and float16 are computed in float32 and rounded at the end.
-        weight: a pack of f32[N, K], from `pack`. It is a plain tensor without a gradient.
+        x: float32 [..., K]; any strides. bfloat16 and float16 are computed in float32 and rounded at the end. For an
+            nm24 weight: of the weight's dtype.
+        weight: a pack of f32[N, K], from `pack`; on CUDA also nm24. It is a plain tensor without a gradient.
         bias: float32 [N].
         activation: None, "relu", "gelu" (the exact one) or "silu".
         out_features: N. Needed under torch.compile where there is no bias (the pack's bytes can't be read there).
@@ -62,7 +69,7 @@ def sparse_linear(
             f"sparse_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
         ) from None
     n = -1 if out_features is None else out_features
-    if x.dtype in (torch.bfloat16, torch.float16):
+    if x.dtype in (torch.bfloat16, torch.float16) and not x.is_cuda:
         return sparse_linear(x.float(), weight, bias, activation, out_features).to(x.dtype)
     if torch.is_grad_enabled():
         if weight.requires_grad:
@@ -100,16 +107,30 @@ def pack_float(weight: Tensor, format: str, rows: int | None) -> Tensor:
     return _sparse_pack(weight, FORMATS[format])
 
 
+def pack_nm24(weight: Tensor) -> Tensor:
+    """`ops.pack` for float16 and bfloat16 weights."""
+    if weight.layout != torch.strided:
+        raise ValueError(f"pack: weight must be dense for nm24, got layout {weight.layout}")
+    try:
+        return _nm24_pack(weight.detach())
+    except ValueError as error:
+        raise ValueError(f"pack: {str(error).removeprefix('nm24_pack: ')}") from None
+
+
 def unpack_float(pack: Tensor, header: dict[str, Any]) -> Tensor:
+    if header["format"] == "nm24":
+        return _nm24_unpack(pack, header["n"], header["k"], header["dtype"] == "bfloat16")
     return _sparse_unpack(pack, header["n"], header["k"])
 
 
 def describe_float(pack: Tensor, header: dict[str, Any]) -> dict[str, Any]:
     """Validates every byte that says where something is: a kernel trusts none of them, but a reader should know."""
+    nm24 = header["format"] == "nm24"
     try:
-        _sparse_validate(pack)
+        (_nm24_validate if nm24 else _sparse_validate)(pack)
     except ValueError as error:
-        raise ValueError(f"describe: {str(error).removeprefix('sparse_validate: ')}") from None
+        what = str(error).removeprefix("nm24_validate: " if nm24 else "sparse_validate: ")
+        raise ValueError(f"describe: {what}") from None
     return header
 
 
@@ -143,6 +164,17 @@ def _(pack: Tensor, n: int, k: int) -> Tensor:
     return pack.new_empty((n, k), dtype=torch.float32)
 
 
+@torch.library.register_fake("fastsparse::nm24_pack")
+def _(weight: Tensor) -> Tensor:
+    n, k = weight.shape
+    return weight.new_empty(HEADER.size + -(-n // 16) * 16 * (-(-k // 64) * 64) * 9 // 8, dtype=torch.uint8)
+
+
+@torch.library.register_fake("fastsparse::nm24_unpack")
+def _(pack: Tensor, n: int, k: int, bfloat16: bool) -> Tensor:
+    return pack.new_empty((n, k), dtype=torch.bfloat16 if bfloat16 else torch.float16)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _n, bias = (*inputs, None)[:4]
     ctx.save_for_backward(weight)
@@ -150,12 +182,20 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.has_bias = bias is not None
 
 
+def _dense(weight: Tensor, n: int, k: int, grad: Tensor) -> Tensor:
+    """The weight of a pack for a product with `grad`: by way of the CPU, where packs are taken apart."""
+    if not weight.is_cuda:
+        return _sparse_unpack(weight, n, k)
+    there = weight.cpu()
+    return unpack_float(there, read_header(there)).to(grad.device, grad.dtype)
+
+
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (weight,) = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         with torch.autocast(grad.device.type, enabled=False):
-            grad_x = grad @ _sparse_unpack(weight, ctx.n, ctx.k)
+            grad_x = grad @ _dense(weight, ctx.n, ctx.k, grad)
     # The dispatcher drops trailing arguments that have their default, and needs_input_grad with them.
     if ctx.has_bias and ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)

@@ -131,7 +131,8 @@ void run_mma(unsigned, void* const* all) {
 }
 
 // The four bits of metadata for chunk `chunk` (four k) of `row`.
-uint32_t chunk_metadata(void* const* all, Half<f16>, int row, int chunk) {
+template <class Bits>
+uint32_t chunk_metadata(void* const* all, Half<Bits>, int row, int chunk) {
   const int quad = 4 * (row % 8), j = chunk / 4;
   const auto& argument = of<float>(all, quad + 2 * of<float>(all, quad).selector + j);
   return argument.metadata >> (16 * (row / 8) + 4 * (chunk % 4)) & 15;
@@ -195,6 +196,9 @@ void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, At at) {
 }
 void mma_sp_f16(float* d, const uint32_t* a, const uint32_t* b, uint32_t metadata, int selector, At at) {
   multiply<float>("ptx::mma_sp_f16", &run_mma_sp<Half<f16>>, {d, a, b, metadata, selector}, at);
+}
+void mma_sp_bf16(float* d, const uint32_t* a, const uint32_t* b, uint32_t metadata, int selector, At at) {
+  multiply<float>("ptx::mma_sp_bf16", &run_mma_sp<Half<bf16>>, {d, a, b, metadata, selector}, at);
 }
 void mma_sp_s8(int32_t* d, const uint32_t* a, const uint32_t* b, uint32_t metadata, At at) {
   multiply<int32_t>("ptx::mma_sp_s8", &run_mma_sp<S8>, {d, a, b, metadata, 0}, at);

@@ -1,0 +1,43 @@
+// The launchers of csrc/sparse_matmul/cuda as plain C functions for ctypes.
+#include <cstring>
+#include <stdexcept>
+
+#include "../../../csrc/sparse_matmul/cuda/sm80.h"
+#include "../../../csrc/sparse_matmul/formats/sparse.h"
+#include "../runtime/entry.h"
+
+namespace formats = fs::sparse_matmul::formats;
+namespace sm80 = fs::sparse_matmul::sm80;
+
+namespace {
+
+sm80::Rows rows(const void* x, int dtype, int64_t x_stride, int64_t m, const float* bias, int activation, void* y) {
+  return {x, static_cast<fs::DType>(dtype), x_stride, m, bias, static_cast<fs::Activation>(activation), y};
+}
+
+}  // namespace
+
+extern "C" {
+
+FS_ENTRY const char* sparse_matmul_bitmap32(const void* x, int dtype, int64_t x_stride, int64_t m, const uint8_t* pack,
+                                            int64_t pack_bytes, const float* bias, int activation, void* y) {
+  return fs::simt::guarded([&] {
+    fs::sparse_matmul::Pack weight;
+    const std::string error = formats::view(pack, pack_bytes, &weight);
+    if (!error.empty()) throw std::invalid_argument(error);
+    sm80::linear_bitmap32(weight, rows(x, dtype, x_stride, m, bias, activation, y), nullptr);
+  });
+}
+
+FS_ENTRY const char* sparse_matmul_nm24(const void* x, int dtype, int64_t x_stride, int64_t m, const uint8_t* pack,
+                                        int64_t pack_bytes, const float* bias, int activation, void* y) {
+  return fs::simt::guarded([&] {
+    fs::PackHeader header;
+    std::memcpy(&header, pack, sizeof header);
+    fs::sparse_matmul::nm24::Weight weight;
+    const std::string error = fs::sparse_matmul::nm24::view(header, pack, pack_bytes, &weight);
+    if (!error.empty()) throw std::invalid_argument(error);
+    sm80::linear_nm24(weight, rows(x, dtype, x_stride, m, bias, activation, y), nullptr);
+  });
+}
+}

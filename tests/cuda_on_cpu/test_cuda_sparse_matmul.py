@@ -1,0 +1,222 @@
+"""sparse_linear on the CPU stand-in, against the float64 oracle and, where the sums have one order, the CPU's bits."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import planted
+import pytest
+import torch
+from standin import Finding, StandIn
+from torch import Tensor
+
+from fastsparse import ops, reference
+from support import same_bits, strided
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = [None, "relu", "gelu", "silu"]
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def assert_close(got: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, activation: str | None, what: object) -> None:
+    """The sums may be off as a chain of float32 roundings may be; the activation's slope is at most 1.13."""
+    expected = reference.sparse_linear(x, w, bias, activation)
+    bound = reference.sparse_linear_bound(x, w, bias) * 1.13
+    if activation in ("gelu", "silu"):  # erfcf and expf are the device's own
+        bound = bound + 2e-6 * expected.abs() + 1e-6
+    bound = bound + UNIT[got.dtype] * (expected.abs() + bound) + (2.0**-25 if got.dtype == torch.float16 else 1e-38)
+    error = (got.double() - expected).abs()
+    assert (error <= bound).all(), (what, float((error / bound).max()))
+
+
+# --- bitmap32 --------------------------------------------------------------------------------------------------------
+
+# Off every tile: 1, 2, 4, 8, 16 rows; 32 outputs; 32 k and 16 warps of them.
+SHAPES = [
+    (1, 1, 1),
+    (1, 130, 64),
+    (2, 17, 33),
+    (3, 31, 511),
+    (5, 64, 513),
+    (8, 33, 300),
+    (11, 95, 1025),
+    (16, 32, 31),
+    (19, 65, 97),
+]
+EMPTY = [(3, 5, 0), (0, 3, 4), (3, 0, 4), (0, 0, 0)]
+
+
+def sparse(n: int, k: int, zeros: float) -> Tensor:
+    """Uneven: with a full row, a full column and an empty row."""
+    w = torch.randn(n, k) * (torch.rand(n, k) >= zeros)
+    if n > 2 and k > 2 and 0 < zeros < 1:
+        w[n // 2], w[:, k // 2], w[-1] = torch.randn(k), torch.randn(n), 0
+    return w
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bitmap32(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
+    for i, (m, n, k) in enumerate(SHAPES + EMPTY):
+        w = sparse(n, k, [0.5, 0.9, 0.0, 1.0][(i + seed) % 4])
+        x = torch.randn(m, k).to(dtype)
+        x = strided(x) if i % 3 == 1 else x
+        bias, activation = torch.randn(n) if i % 2 else None, ACTIVATIONS[(i + seed) % 4]
+        with kernels.launches(seed, offset=i % 2):
+            got = kernels.sparse_linear(x, ops.pack(w, "bitmap32"), n, bias, activation)
+            assert kernels.bank_conflicts() == 0
+        assert got.shape == (m, n)
+        assert got.dtype == dtype
+        assert_close(got, x, w, bias, activation, (m, n, k))
+
+
+def test_bitmap32_has_the_bits_of_the_cpu_where_one_warp_sums(kernels: StandIn) -> None:
+    for m, n, k in [(1, 40, 32), (7, 33, 31), (18, 64, 17)]:
+        w, x, bias = sparse(n, k, 0.5), torch.randn(m, k), torch.randn(n)
+        pack = ops.pack(w, "bitmap32")
+        for b, activation in ((None, None), (bias, None), (bias, "relu")):
+            with kernels.launches():
+                got = kernels.sparse_linear(x, pack, n, b, activation)
+            assert same_bits(got, ops.sparse_linear(x, pack, b, activation)), (m, n, k, activation)
+
+
+def test_bits_of_bitmap32_depend_neither_on_the_rows_nor_on_the_order_of_threads(kernels: StandIn) -> None:
+    n, k = 40, 700
+    pack, x = ops.pack(sparse(n, k, 0.6), "bitmap32"), torch.randn(20, k)
+    with kernels.launches():
+        expected = kernels.sparse_linear(x, pack, n)
+    for seed, rows in enumerate((1, 2, 3, 8, 16)):
+        with kernels.launches(seed):
+            assert same_bits(kernels.sparse_linear(x[:rows], pack, n), expected[:rows]), rows
+
+
+def test_damaged_bitmap32_is_never_read_outside(kernels: StandIn) -> None:
+    # The header is right, all behind it is noise: wrong numbers, and no finding of the stand-in.
+    n, k = 70, 333
+    clean = ops.pack(sparse(n, k, 0.8), "bitmap32")
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        pack = torch.randint(0, 256, clean.shape, dtype=torch.uint8, generator=generator)
+        pack[:64] = clean[:64]
+        with kernels.launches(seed):
+            kernels.sparse_linear(torch.randn(2, k), pack, n)
+
+
+# --- nm24 ------------------------------------------------------------------------------------------------------------
+
+HALVES = [torch.bfloat16, torch.float16]
+# Off every tile: rows 32, 128, 8; outputs 16, 128, 8; k 4, 64 and the ring of 3 stages.
+SHAPES_24 = [
+    (1, 1, 1),
+    (2, 130, 64),
+    (5, 16, 67),
+    (32, 129, 255),
+    (33, 136, 264),
+    (129, 15, 320),
+    (40, 257, 96),
+]
+
+
+def sparse24(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Two random places of every four, some of them zero as well; a row of zeros."""
+    generator = torch.Generator().manual_seed(1000 * seed + n + k)
+    w = torch.randn(n, k, generator=generator)
+    groups = -(-k // 4)
+    places = torch.rand(n, groups, 4, generator=generator).argsort(-1)
+    w = torch.where(places.reshape(n, 4 * groups)[:, :k] < 2, w, 0.0) * (torch.rand(n, k, generator=generator) < 0.9)
+    if n > 1:
+        w[n // 2] = 0
+    return w.to(dtype)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_nm24(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
+    for i, (m, n, k) in enumerate(SHAPES_24 + EMPTY):
+        w, x = sparse24(n, k, dtype, seed), torch.randn(m, k).to(dtype)
+        x = strided(x) if i % 3 == 1 else x
+        bias, activation = torch.randn(n) if i % 2 else None, ACTIVATIONS[(i + seed) % 4]
+        with kernels.launches(seed, offset=i % 2):
+            got = kernels.sparse_linear(x, ops.pack(w, "nm24"), n, bias, activation, "nm24")
+            assert kernels.bank_conflicts() == 0
+        assert got.shape == (m, n)
+        assert got.dtype == dtype
+        assert_close(got, x, w, bias, activation, (m, n, k))
+
+
+def test_nm24_takes_whole_numbers_exactly(kernels: StandIn) -> None:
+    # Products and sums are whole numbers far below 2^24, results below 2^8: any order gives the same.
+    m, n, k = 70, 200, 130
+    for dtype in HALVES:
+        w = sparse24(n, k, dtype).sign()
+        x = torch.randint(-1, 2, (m, k)).to(dtype)
+        with kernels.launches():
+            got = kernels.sparse_linear(x, ops.pack(w, "nm24"), n, format="nm24")
+        assert torch.equal(got.double(), reference.sparse_linear(x, w))
+
+
+def test_an_nm24_weight_wants_its_own_dtype(kernels: StandIn) -> None:
+    pack = ops.pack(sparse24(4, 8, torch.float16), "nm24")
+    with kernels.launches(), pytest.raises(Finding, match="x must have the dtype of an nm24 weight"):
+        kernels.sparse_linear(torch.randn(2, 8).bfloat16(), pack, 4, format="nm24")
+
+
+# --- Defects planted in copies of these kernels: the tests above would see them --------------------------------------
+
+FEW, MMA = "sparse_matmul/cuda/sm80_few_rows.cu", "sparse_matmul/cuda/sm80_mma_sp.cu"
+WRONG, CONFLICTS = "wrong result", "bank conflicts"
+# what is wrong: (source, right, wrong, build that sees it, what it says)
+DEFECTS = {
+    "a lane counts its own bit too": (FEW, "(1u << lane) - 1", "(2u << lane) - 1", "fast", WRONG),
+    "x read before all lanes wrote it": (
+        FEW,
+        ": 0.0f;\n    __syncwarp();\n",
+        ": 0.0f;\n",
+        "race",
+        r"race: .*sm80_few_rows\.cu:\d+",
+    ),
+    "a wait that leaves one group too many": (
+        MMA,
+        "wait<kStages - 2>",
+        "wait<kStages - 1>",
+        "fast",
+        r"sm80_mma_sp\.cu:\d+: metadata must name",
+    ),
+    "the wrong half of the positions": (MMA, "mma_sp<T, kHalf>(", "mma_sp<T, 1 - kHalf>(", "fast", WRONG),
+    "a lost swizzle": (MMA, "16 * (chunk ^ (row % 8))", "16 * chunk", "fast", CONFLICTS),
+    "results over a stage that others still read": (
+        MMA,
+        "__syncthreads();  // nobody reads a stage any more",
+        "// nobody reads a stage any more",
+        "race",
+        r"race: .*sm80_mma_sp\.cu:\d+",
+    ),
+}
+
+
+@pytest.mark.skipif("CUDA_ON_CPU_BUILDS" in os.environ, reason="fast and race, in the process without sanitizers")
+@pytest.mark.parametrize("name", DEFECTS)
+def test_planted_defects_are_caught(name: str) -> None:
+    source, right, wrong, build, expected = DEFECTS[name]
+    kernels = planted.load(build, source, right, wrong)
+    m, n, k = 40, 130, 260
+    format = "bitmap32" if source == FEW else "nm24"
+    w = sparse(n, k, 0.5) if source == FEW else sparse24(n, k, torch.float16)
+    x = torch.randn(m, k).to(w.dtype)
+    report = ""
+    try:
+        with kernels.launches():
+            got = kernels.sparse_linear(x, ops.pack(w, format), n, format=format)
+            conflicts = kernels.bank_conflicts()
+    except Finding as finding:
+        report = str(finding)
+    if report:
+        assert re.search(expected, report), report
+    elif expected == CONFLICTS:
+        assert_close(got, x, w, None, None, "conflicts cost time only")
+        assert conflicts > 0
+    else:
+        assert expected == WRONG, "nothing was found"
+        with pytest.raises(AssertionError):
+            assert_close(got, x, w, None, None, "")
