@@ -351,6 +351,22 @@ def ops(device: str) -> Iterator[Op]:
                 "copy",
             )
 
+    weight = torch.randn(n, k).view(n, k // 4, 4)
+    weight[..., 2:] = 0  # 2:4
+    half = weight.view(n, k).half()
+    packed, full16 = fs.pack(half, "nm24").to(device), half.to(device)
+    m = 32 if small else 2048
+    if not small:  # no CPU kernel reads this format
+        yield Op(
+            "sparse_matmul",
+            f"sparse_linear nm24 {m}x{n}x{k} fp16",
+            ("multiply_sparse",),
+            sets(lambda: (random(m, k, dtype=torch.float16),), lambda x: fs.sparse_linear(x, packed, None, None, n)),
+            {"dense linear": sets(lambda: (random(m, k, dtype=torch.float16),), lambda x: F.linear(x, full16))},
+            2 * m * n * k,
+            "fp16",
+        )
+
 
 def _commit() -> str:
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)

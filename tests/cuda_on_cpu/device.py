@@ -124,6 +124,18 @@ class Device:
         parts: Any = ops.distill_loss(*given, temperature, alpha, ignore_index, return_parts=True)
         return tuple(part.detach().cpu() for part in parts), self._gradient(parts[0], there, student)
 
+    def sparse_linear(
+        self,
+        x: Tensor,
+        pack: Tensor,
+        out_features: int,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        format: str = "bitmap32",
+    ) -> Tensor:
+        there = self.place(x), self.place(pack, aligned=True), self.place(bias)
+        return ops.sparse_linear(*there, activation, out_features).cpu()
+
     @staticmethod
     def _gradient(loss: Tensor, there: Tensor, student: Tensor) -> Tensor | None:
         """In the dtype that the kernel writes: float32 for float16, which autograd has rounded in between."""

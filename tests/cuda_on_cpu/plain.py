@@ -2,7 +2,7 @@
 
     python tests/cuda_on_cpu/plain.py [--small] [FILE ...]
 
-Knows what these tests use of pytest: parametrize, skipif, the fixture `kernels` (always the device, device.py). --small
+Knows what these tests use of pytest: parametrize, skipif, raises, the fixture `kernels` (always the device, device.py). --small
 runs each test with its first parameters only, for tools that slow everything down. Prints one line a test and a JSON
 summary as the last line; exit status 1 if a test failed.
 """
@@ -10,12 +10,14 @@ summary as the last line; exit status 1 if a test failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import itertools
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -55,10 +57,21 @@ class _Mark:
         return lambda *_, **__: lambda test: test
 
 
+@contextlib.contextmanager
+def _raises(kind: Any, match: str = "") -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        assert re.search(match, str(error)), f"{error} does not match {match!r}"
+    else:
+        raise AssertionError(f"{kind} was not raised")
+
+
 def install_stand_ins() -> None:
     """pytest, always this one, and hypothesis where the machine lacks it."""
     pytest: Any = types.ModuleType("pytest")
     pytest.mark = _Mark()
+    pytest.raises = _raises
     pytest.fixture = lambda *_, **__: lambda function: function
     pytest.MonkeyPatch = pytest.FixtureRequest = object
     pytest.CaptureFixture = dict  # as a generic type in annotations
