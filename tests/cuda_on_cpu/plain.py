@@ -2,9 +2,9 @@
 
     python tests/cuda_on_cpu/plain.py [--small] [FILE ...]
 
-Knows what these tests use of pytest: parametrize, skipif, raises, the fixture `kernels` (always the device, device.py). --small
-runs each test with its first parameters only, for tools that slow everything down. Prints one line a test and a JSON
-summary as the last line; exit status 1 if a test failed.
+Knows what these tests use of pytest: parametrize, skipif, raises, the fixture `kernels` (always the device, device.py).
+--small runs each test with its first parameters only, for tools that slow everything down. Prints one line a test and
+a JSON summary as the last line; exit status 1 if a test failed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def _raises(kind: Any, match: str = "") -> Iterator[None]:
     try:
         yield
     except kind as error:
-        assert re.search(match, str(error)), f"{error} does not match {match!r}"
+        if not re.search(match, str(error)):
+            raise AssertionError(f"{error} does not match {match!r}") from error
     else:
         raise AssertionError(f"{kind} was not raised")
 
