@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
-import planted
+import builds
 import pytest
 import torch
 from standin import Finding, StandIn
@@ -164,7 +165,7 @@ def test_an_nm24_weight_wants_its_own_dtype(kernels: StandIn) -> None:
 
 # --- Defects planted in copies of these kernels: the tests above would see them --------------------------------------
 
-FEW, MMA = "sparse_matmul/cuda/sm80_few_rows.cu", "sparse_matmul/cuda/sm80_mma_sp.cu"
+FEW, MMA = (builds.ROOT / f"csrc/sparse_matmul/cuda/sm80_{name}.cu" for name in ("few_rows", "mma_sp"))
 WRONG, CONFLICTS = "wrong result", "bank conflicts"
 # what is wrong: (source, right, wrong, build that sees it, what it says)
 DEFECTS = {
@@ -197,9 +198,11 @@ DEFECTS = {
 
 @pytest.mark.skipif("CUDA_ON_CPU_BUILDS" in os.environ, reason="fast and race, in the process without sanitizers")
 @pytest.mark.parametrize("name", DEFECTS)
-def test_planted_defects_are_caught(name: str) -> None:
+def test_planted_defects_are_caught(name: str, tmp_path: Path) -> None:
     source, right, wrong, build, expected = DEFECTS[name]
-    kernels = planted.load(build, source, right, wrong)
+    text = source.read_text()
+    assert text.count(right) == 1, f"{right!r} must stand in {source.name} once"
+    kernels = StandIn(build, builds.variant(build, source, text.replace(right, wrong), tmp_path))
     m, n, k = 40, 130, 260
     format = "bitmap32" if source == FEW else "nm24"
     w = sparse(n, k, 0.5) if source == FEW else sparse24(n, k, torch.float16)
