@@ -98,7 +98,8 @@ def _standin(entry: dict[str, Any]) -> str:
     if standin is None:
         return "not yet"
     runs = []
-    for build, run in standin["runs"].items():
+    for build in BUILDS:
+        run = standin["runs"][build]
         if run is None:
             runs.append(f"{build}: never")
         else:
