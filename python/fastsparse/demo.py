@@ -614,7 +614,8 @@ def _plot(result: Result, path: Path) -> None:
     lowest, highest = min(figures), max(figures)
     axis.set_xlim(lowest - 1.2, highest + 1.2)
     axis.set_ylim(len(stages) - 0.5, -0.7)
-    axis.set_yticks(range(len(stages)), [stage.name.split(",")[0] for stage in stages])
+    short = [stage.name.split(", ")[0 if stage.name == TEACHER else -1] for stage in stages]
+    axis.set_yticks(range(len(stages)), short)
     axis.set_title(f"Accuracy on {TEST_IMAGES} test images", loc="left", fontsize=11)
     axis.grid(axis="x", color="#dddddd", linewidth=0.8)
     axis.set_axisbelow(True)
