@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 import fastsparse
@@ -110,9 +111,10 @@ class Process:
         bert, layers = self.way.convert(self.bert, self.ids[str(shape)][: shape.batch])
         self.encoder: Callable[[Tensor], Tensor] = Encoder(bert)
         if self.way.compiled:
-            # freezing: weights are constants. float32 gains a tenth by it, and torchao is several times as fast.
-            options = {"freezing": True}
-            self.encoder = torch.compile(self.encoder, fullgraph=True, dynamic=False, options=options)
+            # freezing: weights are constants. float32 gains a tenth by it, and torchao is several times as fast. As an
+            # option of torch.compile it would not reach torchao's tensors.
+            torch._inductor.config.freezing = True
+            self.encoder = torch.compile(self.encoder, fullgraph=True, dynamic=False)
         return layers
 
     @torch.no_grad()
