@@ -1,17 +1,16 @@
 // kl_div, distill_loss, CUDA sm_80: the row losses and the gradient of ../kl_loss.h, and their sums.
 // Idea     every thread keeps running maxima and sums of its share of a row (online softmax), so one reading gives the
 //          statistics of a row of any length; a second one writes the gradient. KL < kSmall: one more (Bregman form).
-// Work     a warp a row up to kWarpRow classes (shuffles alone); a block a row beyond, of 256 threads up to kLongRow,
-// of
-//          1024 above: few rows are then under way at a time, and the second reading finds the row in L2.
-// Sums     float32 in a thread (up to 64 logits in rows of 64K), double across threads, always in the same order: warp
-// by
-//          butterfly, warps through shared memory; the rows' losses by one block in a second kernel.
+// Work     a warp a row up to kWarpRow classes (shuffles alone); a block a row beyond, of 256 threads up to kLongRow
+//          and of 1024 above: few rows are then under way at a time, and the second reading finds the row in L2.
+// Sums     float32 in a thread (up to 64 logits in rows of 64K), double across threads, always in the same order:
+//          within a warp by butterfly, warps through shared memory; the rows' losses by one block in a second kernel.
 // Tails    groups of 8 logits begin where the student's row is at a multiple of 8 elements; those that reach beyond the
 //          row, and those where a pointer is at no multiple of 16 bytes, go one by one.
 // Bound    bytes: 12 a logit (float32, with gradient) while rows under way stay in L2, else 20. Per logit 4 (with
 //          targets and T != 1: 6) exp2f.
-// Registers 64 at most (warps on sm_90: 72), no spills (nvcc 13.0); 1312 bytes of shared memory. A block of 1024
+// Registers 64 at most in blocks, 72 in warps (80 on sm_90), no spills (nvcc 13.0); 1312 bytes of shared memory. A
+// block of 1024
 //          threads has no more, so one of them, or 4 of 256, are on an SM.
 // Measured never run on hardware.
 #include "sm80.h"
@@ -386,7 +385,7 @@ __device__ __forceinline__ void row_of(const Loss<T, G>& l, const Team& team, in
 
 // Warp w of block b takes row b * kThreads / 32 + w, and so on in steps of the grid.
 template <bool kThree, class T, class G>
-__global__ void __launch_bounds__(kThreads) rows_by_warp(Loss<T, G> l) {
+__global__ void __launch_bounds__(kThreads, 2) rows_by_warp(Loss<T, G> l) {
   constexpr int kRows = kThreads / 32;
   const WarpTeam team{static_cast<int>(threadIdx.x) % 32};
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / 32; row < l.rows;
