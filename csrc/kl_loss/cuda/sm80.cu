@@ -10,8 +10,7 @@
 // Bound    bytes: 12 a logit (float32, with gradient) while rows under way stay in L2, else 20. Per logit 4 (with
 //          targets and T != 1: 6) exp2f.
 // Registers 64 at most in blocks, 72 in warps (80 on sm_90), no spills (nvcc 13.0); 1312 bytes of shared memory. A
-// block of 1024
-//          threads has no more, so one of them, or 4 of 256, are on an SM.
+//          block of 1024 threads has no more, so one of them, or 4 of 256, are on an SM.
 // Measured never run on hardware.
 #include "sm80.h"
 
