@@ -15,7 +15,11 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // N vectors with names of their own, through nested structs: gcc 12 spills an array of them. What works on them is
 // inlined by force: gcc 12 would call it, with the vectors in memory.
+#if defined(__SANITIZE_ADDRESS__)
+#define FS_INLINE inline  // instrumented code inlined by force takes gcc 12 many minutes
+#else
 #define FS_INLINE __attribute__((always_inline)) inline
+#endif
 template <int N>
 struct Vecs {
   Vecs<N - 1> rest;
