@@ -1,12 +1,21 @@
 // int8_gemm: the contract of every kernel of the family. Read this first. Torch-free.
 //
 //   int8_mm      C[M,N] s32 = A[M,K] s8 * B[K,N] s8                       exact: |C| < 2^31 while K <= 131071
-//   int8_linear  y[M,N] = act(x_q W^T * x_scale * weight_scale + bias)    x_q from x[M,K] in three ways:
+//   int8_linear  y[M,N] = act(x_q W^T * x_scale * weight_scale + bias + residual)    x_q from x[M,K] in three ways:
 //     dynamic    x_scale[m] = max(absmax_k |x[m,k]| / 127, FLT_MIN), 1 for a row of zeros, NaN for a row with a
 //                NaN or an infinity; x_q = round_half_even(x * (1 / x_scale)), in [-127, 127]
 //     static     x_q = clamp(round_half_even(x * (1 / x_scale)) + zero_point, -128, 127), NaN -> zero_point;
 //                the integer sum is over (x_q - zero_point), so K <= 65793
-//   and y computed in float32 as act(fma(float(sum), x_scale * weight_scale, bias)), one rounding to y's type.
+//     codes      x is s8: x_q = x, with one x_scale for all rows, or x_scale[m], taken as they are (a NaN makes its row
+//                NaN); the sum is over (x_q - zero_point), as static
+//   and y computed in float32 as
+//     t = fma(float(sum), x_scale * weight_scale, bias)    without a bias -0.0 in its place, which changes nothing
+//     t = t + residual                                     residual[M,N] of y's float type; none: no addition
+//     y = act(t)
+//   and then either one rounding to y's float type, or, with y_scale, requantized to s8 from the float32 value:
+//     y_q = clamp(round_half_even(y * (1 / y_scale)) + y_zero_point, -128, 127), NaN -> y_zero_point, infinities
+//           saturate: the codes of qdq's static quantize (qdq/qdq.h); 1 / y_scale is one float32 division.
+//   So a layer's codes with (y_scale, y_zero_point) are the next layer's codes with (x_scale, x_zero_point).
 //
 // The work is cut into four steps; a Kernels row holds one ISA level's version of each:
 //
@@ -89,10 +98,15 @@ struct EpilogueArgs {
   const float* x_scale;       // [rows]
   const float* weight_scale;  // [columns]
   const float* bias;          // [columns] or null
+  const void* residual;       // [rows, columns] of dtype, rows residual_stride elements apart, or null
+  int64_t residual_stride;
   Activation activation;
-  void* y;  // [rows, columns] of dtype, rows y_stride elements apart
-  DType dtype;
+  void* y;      // [rows, columns] of dtype, or of s8 if requantize; rows y_stride elements apart
+  DType dtype;  // of a float y, and of the residual in any case
   int64_t y_stride;
+  bool requantize;
+  float y_scale;         // requantize: finite, >= FLT_MIN
+  int32_t y_zero_point;  // requantize: in [-128, 127]
 };
 
 struct Kernels {
@@ -119,18 +133,26 @@ extern const Kernels kAvx512;
 
 // cpu/launch.cpp: blocking, threads, scratch. `kernels` is what select() chose before work is split.
 struct LinearArgs {
-  const void* x;  // [m, k], rows x_stride elements apart
-  DType dtype;    // of x and y
+  const void* x;  // [m, k] of dtype, or of s8 if x_codes; rows x_stride elements apart
+  bool x_codes;
+  DType dtype;  // of a float x
   int64_t x_stride;
   int64_t m, n, k;
   const uint8_t* weight;      // a vnni16 pack
   const float* weight_scale;  // [n]
   const float* bias;          // [n] or null
   Activation activation;
-  bool dynamic;
+  bool dynamic;  // of a float x alone
   float x_scale;
-  int32_t x_zero_point;
-  void* y;  // [m, n], contiguous
+  int32_t x_zero_point;   // 0 if dynamic
+  const float* x_scales;  // x_codes: [m], in the place of x_scale, or null
+  const void* residual;   // [m, n] of y_dtype, rows residual_stride elements apart, or null
+  int64_t residual_stride;
+  DType y_dtype;  // of a float y, and of the residual in any case
+  bool requantize;
+  float y_scale;
+  int32_t y_zero_point;
+  void* y;  // [m, n] of y_dtype, or of s8 if requantize; contiguous
 };
 
 struct MatmulArgs {

@@ -23,8 +23,16 @@ double time_int8_linear(int64_t m, int64_t n, int64_t k, int64_t repeats, int64_
   }
   std::vector<float> x(size(m * k)), scale(size(n), 0.01f), bias(size(n), 0.5f), y(size(m * n));
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 1009) - 500.0f;
-  int8_gemm::LinearArgs args{x.data(),    int8_gemm::DType::f32,       k,    m,    n, k,       nullptr, scale.data(),
-                             bias.data(), int8_gemm::Activation::none, true, 1.0f, 0, y.data()};
+  int8_gemm::LinearArgs args{};
+  args.x = x.data();
+  args.x_stride = k;
+  args.m = m;
+  args.n = n;
+  args.k = k;
+  args.weight_scale = scale.data();
+  args.bias = bias.data();
+  args.dynamic = true;
+  args.y = y.data();
   const int8_gemm::Kernels& kernels = int8_gemm::select();
   const auto run = [&](int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
