@@ -144,7 +144,7 @@ struct LinearArgs {
   Activation activation;
   bool dynamic;  // of a float x alone
   float x_scale;
-  int32_t x_zero_point;   // 0 if dynamic
+  int32_t x_zero_point;   // of no meaning if dynamic
   const float* x_scales;  // x_codes: [m], in the place of x_scale, or null
   const void* residual;   // [m, n] of y_dtype, rows residual_stride elements apart, or null
   int64_t residual_stride;

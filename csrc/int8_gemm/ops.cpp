@@ -45,16 +45,79 @@ const void* scalar(const char* op, const char* name, const Tensor& t, ScalarType
   return t.const_data_ptr();
 }
 
+using MaybeTensor = std::optional<Tensor>;
+
+// A scale of one element on the CPU; 1 where there is none.
+float scale_value(const char* name, const MaybeTensor& t) {
+  if (!t.has_value()) return 1.0f;
+  const float value = *static_cast<const float*>(scalar(kLinear, name, *t, ScalarType::Float));
+  if (!(value >= FLT_MIN) || !std::isfinite(value))
+    fail(kLinear, std::string(name) + " must be finite and at least 1.2e-38, got " + text(value));
+  return value;
+}
+
+// A zero point of one element on the CPU; 0 where there is none.
+int32_t zero_point_value(const char* name, const MaybeTensor& t) {
+  if (!t.has_value()) return 0;
+  const int32_t value = *static_cast<const int32_t*>(scalar(kLinear, name, *t, ScalarType::Int));
+  if (value < -128 || value > 127)
+    fail(kLinear, std::string(name) + " must be in [-128, 127], got " + std::to_string(value));
+  return value;
+}
+
+// Rows that lie apart by a constant step are read where they are; anything else is copied.
+struct Rows {
+  Tensor tensor;
+  int64_t stride;
+};
+Rows as_rows(const Tensor& t, int64_t columns) {
+  if (t.dim() == 2 && t.stride(1) == 1 && t.stride(0) >= columns) return {t, t.stride(0)};
+  return {as_contiguous(t), columns};
+}
+
+// int8 x alone: a scale for each row, [..., 1] where x is; a single one counts as such only where x is on a device.
+bool is_scale_per_row(const Tensor& x, const Tensor& scale) {
+  const int64_t dims = x.dim();
+  if (scale.dim() != dims || scale.size(dims - 1) != 1 || (scale.numel() == 1 && x.is_cpu())) return false;
+  if (scale.is_cpu() != x.is_cpu()) return false;
+  for (int64_t i = 0; i + 1 < dims; ++i)
+    if (scale.size(i) != x.size(i)) return false;
+  return true;
+}
+
+// What int8_linear is called with: the schema's order.
+struct LinearInputs {
+  const Tensor &x, &weight, &weight_scale;
+  const MaybeTensor& bias;
+  int64_t activation;
+  const MaybeTensor &x_scale, &x_zero_point, &residual, &y_scale, &y_zero_point;
+  const std::optional<int64_t>& dtype;
+};
+
 // The arguments of int8_linear, checked, with the tensors that keep their memory alive.
 struct CheckedLinear {
   LinearArgs args;
-  Tensor rows, scales, bias, y;
+  Tensor rows, weight_scale, bias, x_scales, residual, y;
 };
 
-CheckedLinear check_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                           const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& x_scale,
-                           const std::optional<Tensor>& x_zero_point) {
-  const DType dtype = float_dtype(kLinear, "x", x);
+// The float type of y and of the residual: float32 for int8 x, that of x else, unless `dtype` says so.
+ScalarType float_type_of_y(const LinearInputs& in, bool x_codes) {
+  if (!in.dtype.has_value()) return x_codes ? ScalarType::Float : in.x.scalar_type();
+  switch (*in.dtype) {
+    case 0: return ScalarType::Float;
+    case 1: return ScalarType::BFloat16;
+    case 2: return ScalarType::Half;
+    default: fail(kLinear, "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(*in.dtype));
+  }
+}
+
+CheckedLinear check_linear(const LinearInputs& in) {
+  const Tensor &x = in.x, &weight = in.weight, &weight_scale = in.weight_scale;
+  const bool x_codes = x.scalar_type() == ScalarType::Char;
+  if (!x_codes && x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::BFloat16 &&
+      x.scalar_type() != ScalarType::Half)
+    fail(kLinear, std::string("x must be float32, bfloat16, float16 or int8, got ") + dtype_name(x.scalar_type()));
+  const ScalarType y_type = float_type_of_y(in, x_codes);
   const int64_t dims = x.dim();
   if (dims < 1) fail(kLinear, "x must have at least one dimension, got x[]");
   check_same_device(kLinear, "weight_scale", weight_scale, x);
@@ -77,95 +140,131 @@ CheckedLinear check_linear(const Tensor& x, const Tensor& weight, const Tensor& 
                       std::to_string(vnni16::pack_bytes(n, k)) + " bytes, got " + std::to_string(weight.numel()));
   }
 
-  if (bias.has_value()) {
-    check_same_device(kLinear, "bias", *bias, x);
-    check_dtype(kLinear, "bias", *bias, ScalarType::Float);
-    check_vector(kLinear, "bias", *bias, n);
+  if (in.bias.has_value()) {
+    check_same_device(kLinear, "bias", *in.bias, x);
+    check_dtype(kLinear, "bias", *in.bias, ScalarType::Float);
+    check_vector(kLinear, "bias", *in.bias, n);
   }
-  if (activation < 0 || activation > 3)
-    fail(kLinear, "activation must be 0 (none), 1 (relu), 2 (gelu) or 3 (silu), got " + std::to_string(activation));
+  if (in.activation < 0 || in.activation > 3)
+    fail(kLinear, "activation must be 0 (none), 1 (relu), 2 (gelu) or 3 (silu), got " + std::to_string(in.activation));
 
-  float scale = 1.0f;
-  int32_t zero_point = 0;
-  if (x_scale.has_value()) {
-    scale = *static_cast<const float*>(scalar(kLinear, "x_scale", *x_scale, ScalarType::Float));
-    if (!(scale >= FLT_MIN) || !std::isfinite(scale))
-      fail(kLinear, "x_scale must be finite and at least 1.2e-38, got " + text(scale));
+  if (x_codes && !in.x_scale.has_value()) fail(kLinear, "x_scale must be given with an int8 x, got none");
+  const bool per_row = x_codes && is_scale_per_row(x, *in.x_scale);
+  if (per_row) {
+    check_same_device(kLinear, "x_scale", *in.x_scale, x);
+    check_dtype(kLinear, "x_scale", *in.x_scale, ScalarType::Float);
+  } else if (x_codes && in.x_scale->numel() != 1) {
+    fail(kLinear, "x_scale must have one element, or one for each row of an int8 " + shape_of("x", x) + ", got " +
+                      shape_of("x_scale", *in.x_scale));
   }
-  if (x_zero_point.has_value()) {
-    if (!x_scale.has_value()) fail(kLinear, "x_zero_point needs x_scale: dynamic quantization is symmetric");
-    zero_point = *static_cast<const int32_t*>(scalar(kLinear, "x_zero_point", *x_zero_point, ScalarType::Int));
-    if (zero_point < -128 || zero_point > 127)
-      fail(kLinear, "x_zero_point must be in [-128, 127], got " + std::to_string(zero_point));
-  }
+  const float scale = per_row ? 1.0f : scale_value("x_scale", in.x_scale);
+  if (in.x_zero_point.has_value() && !in.x_scale.has_value())
+    fail(kLinear, "x_zero_point needs x_scale: dynamic quantization is symmetric");
+  const int32_t zero_point = zero_point_value("x_zero_point", in.x_zero_point);
   const int64_t k_limit = zero_point == 0 ? kMaxK : kMaxKAffine;
   if (k > k_limit)
     fail(kLinear, "x must have at most K=" + std::to_string(k_limit) +
                       " columns for the sums to be exact in int32, got " + shape_of("x", x));
 
-  // Rows that lie apart by a constant step are read where they are; anything else is copied.
-  const bool strided_matrix = dims == 2 && x.stride(1) == 1 && x.stride(0) >= k;
   int64_t m = 1;
   int64_t shape[64];  // torch allows no more dimensions
   for (int64_t i = 0; i + 1 < dims; ++i) m *= shape[i] = x.size(i);
   shape[dims - 1] = n;
+  if (in.residual.has_value()) {
+    const Tensor& residual = *in.residual;
+    check_same_device(kLinear, "residual", residual, x);
+    check_dtype(kLinear, "residual", residual, y_type);
+    bool same = residual.dim() == dims;
+    for (int64_t i = 0; same && i < dims; ++i) same = residual.size(i) == shape[i];
+    if (!same)
+      fail(kLinear, "residual must have y's shape, N=" + std::to_string(n) + " columns for the rows of " +
+                        shape_of("x", x) + ", got " + shape_of("residual", residual));
+  }
+  const float y_scale = scale_value("y_scale", in.y_scale);
+  if (in.y_zero_point.has_value() && !in.y_scale.has_value())
+    fail(kLinear, "y_zero_point needs y_scale: without it y is a float");
+  const int32_t y_zero_point = zero_point_value("y_zero_point", in.y_zero_point);
+
+  const Rows rows = as_rows(x, k);
+  const bool requantize = in.y_scale.has_value();
   CheckedLinear c{{},
-                  strided_matrix ? x : as_contiguous(x),
+                  rows.tensor,
                   as_contiguous(weight_scale),
-                  bias.has_value() ? as_contiguous(*bias) : weight_scale,
-                  empty(x, shape, dims, x.scalar_type())};
-  c.args.x = c.rows.const_data_ptr();
-  c.args.dtype = dtype;
-  c.args.x_stride = strided_matrix ? x.stride(0) : k;
-  c.args.m = m;
-  c.args.n = n;
-  c.args.k = k;
-  c.args.weight = pack;
-  c.args.weight_scale = static_cast<const float*>(c.scales.const_data_ptr());
-  c.args.bias = bias.has_value() ? static_cast<const float*>(c.bias.const_data_ptr()) : nullptr;
-  c.args.activation = static_cast<Activation>(activation);
-  c.args.dynamic = !x_scale.has_value();
-  c.args.x_scale = scale;
-  c.args.x_zero_point = zero_point;
-  c.args.y = c.y.mutable_data_ptr();
-  if (x.is_cpu() && !all_finite(c.args.weight_scale, n))
+                  in.bias.has_value() ? as_contiguous(*in.bias) : weight_scale,
+                  per_row ? as_contiguous(*in.x_scale) : weight_scale,
+                  weight_scale,
+                  empty(x, shape, dims, requantize ? ScalarType::Char : y_type)};
+  LinearArgs& a = c.args;
+  a.x = c.rows.const_data_ptr();
+  a.x_codes = x_codes;
+  if (!x_codes) a.dtype = float_dtype(kLinear, "x", x);
+  a.x_stride = rows.stride;
+  a.m = m;
+  a.n = n;
+  a.k = k;
+  a.weight = pack;
+  a.weight_scale = static_cast<const float*>(c.weight_scale.const_data_ptr());
+  a.bias = in.bias.has_value() ? static_cast<const float*>(c.bias.const_data_ptr()) : nullptr;
+  a.activation = static_cast<Activation>(in.activation);
+  a.dynamic = !in.x_scale.has_value();
+  a.x_scale = scale;
+  a.x_zero_point = zero_point;
+  a.x_scales = per_row ? static_cast<const float*>(c.x_scales.const_data_ptr()) : nullptr;
+  if (in.residual.has_value()) {
+    const Rows residual = as_rows(*in.residual, n);
+    c.residual = residual.tensor;
+    a.residual = c.residual.const_data_ptr();
+    a.residual_stride = residual.stride;
+  }
+  a.y_dtype = y_type == ScalarType::Float ? DType::f32 : y_type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
+  a.requantize = requantize;
+  a.y_scale = y_scale;
+  a.y_zero_point = y_zero_point;
+  a.y = c.y.mutable_data_ptr();
+  if (x.is_cpu() && !all_finite(a.weight_scale, n))
     fail(kLinear, "weight_scale must be finite, got a NaN or an infinity in it");
   return c;
 }
 
-Tensor linear_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, int64_t activation,
-                  std::optional<Tensor> x_scale, std::optional<Tensor> x_zero_point) {
-  const CheckedLinear c = check_linear(x, weight, weight_scale, bias, activation, x_scale, x_zero_point);
+Tensor linear_cpu(Tensor x, Tensor weight, Tensor weight_scale, MaybeTensor bias, int64_t activation,
+                  MaybeTensor x_scale, MaybeTensor x_zero_point, MaybeTensor residual, MaybeTensor y_scale,
+                  MaybeTensor y_zero_point, std::optional<int64_t> dtype) {
+  const CheckedLinear c = check_linear(
+      {x, weight, weight_scale, bias, activation, x_scale, x_zero_point, residual, y_scale, y_zero_point, dtype});
   linear(select(), c.args);
   return c.y;
 }
 
 #if defined(FASTSPARSE_WITH_CUDA)
-Tensor linear_cuda(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, int64_t activation,
-                   std::optional<Tensor> x_scale, std::optional<Tensor> x_zero_point) {
+Tensor linear_cuda(Tensor x, Tensor weight, Tensor weight_scale, MaybeTensor bias, int64_t activation,
+                   MaybeTensor x_scale, MaybeTensor x_zero_point, MaybeTensor residual, MaybeTensor y_scale,
+                   MaybeTensor y_zero_point, std::optional<int64_t> dtype) {
   check_proven(kLinear, sm80::kName, sm80::kProven);
-  const CheckedLinear c = check_linear(x, weight, weight_scale, bias, activation, x_scale, x_zero_point);
+  const CheckedLinear c = check_linear(
+      {x, weight, weight_scale, bias, activation, x_scale, x_zero_point, residual, y_scale, y_zero_point, dtype});
+  if (c.args.x_codes || c.args.residual != nullptr || c.args.requantize || c.args.y_dtype != c.args.dtype)
+    throw std::runtime_error("int8_linear: an int8 x, residual, y_scale and dtype have no CUDA kernel yet");
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(x.get_device_index()));
   Tensor scratch = empty(x, std::array{sm80::scratch_bytes(c.args.m, c.args.k)}.data(), 1, ScalarType::Byte);
   sm80::linear(c.args, static_cast<uint8_t*>(scratch.mutable_data_ptr()), current_cuda_stream(x));
   return c.y;
 }
 #else
-Tensor linear_cuda(Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t, std::optional<Tensor>,
-                   std::optional<Tensor>) {
+Tensor linear_cuda(Tensor, Tensor, Tensor, MaybeTensor, int64_t, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor,
+                   MaybeTensor, std::optional<int64_t>) {
   throw std::runtime_error(
       "int8_linear: x is on cuda, and this build of fastsparse has no CUDA kernels (FASTSPARSE_CUDA=ON makes one)");
 }
 #endif
 
-Tensor train_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias,
-                 std::optional<Tensor> x_scale, std::optional<Tensor> x_zero_point) {
-  return linear_cpu(x, weight, weight_scale, bias, 0, x_scale, x_zero_point);
+Tensor train_cpu(Tensor x, Tensor weight, Tensor weight_scale, MaybeTensor bias, MaybeTensor x_scale,
+                 MaybeTensor x_zero_point, MaybeTensor residual, std::optional<int64_t> dtype) {
+  return linear_cpu(x, weight, weight_scale, bias, 0, x_scale, x_zero_point, residual, {}, {}, dtype);
 }
 
-Tensor train_cuda(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias,
-                  std::optional<Tensor> x_scale, std::optional<Tensor> x_zero_point) {
-  return linear_cuda(x, weight, weight_scale, bias, 0, x_scale, x_zero_point);
+Tensor train_cuda(Tensor x, Tensor weight, Tensor weight_scale, MaybeTensor bias, MaybeTensor x_scale,
+                  MaybeTensor x_zero_point, MaybeTensor residual, std::optional<int64_t> dtype) {
+  return linear_cuda(x, weight, weight_scale, bias, 0, x_scale, x_zero_point, residual, {}, {}, dtype);
 }
 
 Tensor mm_cuda(Tensor, Tensor) {
@@ -234,12 +333,14 @@ Tensor unpack_cpu(Tensor pack, int64_t n, int64_t k) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
   m.def(
       "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int activation=0, "
-      "Tensor? x_scale=None, Tensor? x_zero_point=None) -> Tensor");
-  // The same kernel under a name that carries autograd, without the activation, which torch differentiates itself:
+      "Tensor? x_scale=None, Tensor? x_zero_point=None, Tensor? residual=None, Tensor? y_scale=None, "
+      "Tensor? y_zero_point=None, int? dtype=None) -> Tensor");
+  // The same kernel under a name that carries autograd, without the activation, which torch differentiates itself, and
+  // with a float y:
   // registered on int8_linear, autograd would cost every call 4 us, gradient or not.
   m.def(
       "int8_linear_train(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, "
-      "Tensor? x_zero_point=None) -> Tensor");
+      "Tensor? x_zero_point=None, Tensor? residual=None, int? dtype=None) -> Tensor");
   m.def("int8_mm(Tensor a, Tensor b) -> Tensor");
   m.def("int8_pack(Tensor weight) -> Tensor");
   m.def("int8_unpack(Tensor pack, int n, int k) -> Tensor");

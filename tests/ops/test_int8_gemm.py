@@ -482,6 +482,217 @@ def test_output_is_rounded_once_half_to_even(isa: str, dtype: torch.dtype) -> No
             assert same_bits(got, (sums * 2.0**exponent).to(dtype))
 
 
+# --- Chains: int8 in, residual, int8 out ------------------------------------------------------------------------------
+
+
+def float_dtype_of(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or (torch.float32 if x.dtype == torch.int8 else x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+@pytest.mark.parametrize("isa", isa_levels())
+def test_codes_as_x_are_what_a_float_x_becomes(isa: str, dtype: torch.dtype | None) -> None:
+    scale, zero_point = torch.tensor(0.017), torch.tensor(-37, dtype=torch.int32)
+    for m, n, k in [*LINEAR_SHAPES, (130, 33, 9), (3, 0, 5), (0, 5, 3), (5, 7, 0)]:
+        x, pack, weight_scale, bias = (
+            awkward_rows(m, k, torch.float32),
+            ops.pack(s8(n, k)),
+            torch.rand(n),
+            torch.randn(n),
+        )
+
+        def linear(x: Tensor, *quantization: Any) -> Tensor:
+            return ops.int8_linear(x, pack, weight_scale, bias, "relu", *quantization, dtype=dtype)  # noqa: B023
+
+        with forced(isa):
+            codes = ops.quantize(x, scale, zero_point)
+            wanted = linear(x, scale, zero_point)
+            assert wanted.dtype == (dtype or torch.float32)
+            for view in (codes, strided(codes), guarded(codes), guarded(codes, "begin"), codes[None]):
+                assert same_bits(linear(view, scale, zero_point).reshape(wanted.shape), wanted), (m, n, k)
+            assert same_bits(linear(codes, scale.item(), -37), wanted)
+            codes, scales = ops.quantize_per_token(x)
+            for per_row in (scales, guarded(scales), guarded(scales, "begin"), strided(scales)):
+                assert same_bits(linear(codes, per_row), linear(x)), (m, n, k)
+            assert same_bits(linear(codes[None], scales[None])[0], linear(x))
+
+
+@pytest.mark.parametrize("isa", isa_levels())
+def test_codes_as_x_are_exact_over_the_whole_range(isa: str) -> None:
+    with forced(isa):
+        for m, n, k in around_tiles("int8_gemm"):
+            x, w = s8(m, k), s8(n, k)
+            for side in ("end", "begin"):
+                got = ops.int8_linear(guarded(x, side), guarded(ops.pack(w), side), torch.ones(n), x_scale=1.0)
+                assert torch.equal(got, reference.int8_mm(x, w.t()).float()), (m, n, k)
+        lowest = torch.full((1, MAX_K_AFFINE), -128, dtype=torch.int8)
+        got = ops.int8_linear(lowest, ops.pack(lowest), torch.ones(1), None, None, 1.0, 127)
+        assert got.item() == 255 * 128 * MAX_K_AFFINE
+
+
+@pytest.mark.parametrize("mode", [*MODES, "codes"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", isa_levels())
+def test_residual(isa: str, dtype: torch.dtype, activation: str | None, mode: str) -> None:
+    scale, zero_point = quantization(mode.replace("codes", "affine"))
+    for m, n, k in LINEAR_SHAPES:
+        x, w, weight_scale = torch.randn(m, k).to(dtype), s8(n, k), torch.rand(n) * 1e-2 / math.sqrt(k)
+        if mode == "codes":
+            x = s8(m, k)
+        bias = torch.randn(n) if m % 2 else None
+        residual = awkward_rows(m, n, dtype)
+        arguments = (x, ops.pack(w), weight_scale, bias, None, scale, zero_point)
+        with forced(isa):
+            plain = ops.int8_linear(*arguments, dtype=torch.float32)
+            got = ops.int8_linear(*arguments[:4], activation, scale, zero_point, residual, dtype=dtype)
+            # Through weights of nothing and the sum as a residual, the activation alone: what the kernel makes of it.
+            alone = ops.int8_linear(
+                torch.zeros(m, 1, dtype=torch.int8),
+                ops.pack(torch.zeros(n, 1, dtype=torch.int8)),
+                torch.ones(n),
+                None,
+                activation,
+                1.0,
+                residual=plain + residual.float(),
+            )
+            assert same_bits(got, alone.to(dtype)), (m, n, k)
+            for view in (strided(residual), guarded(residual), guarded(residual, "begin"), residual.t().clone().t()):
+                again = ops.int8_linear(*arguments[:4], activation, scale, zero_point, view, dtype=dtype)
+                assert same_bits(again, got), (m, n, k)
+        expected = reference.int8_linear(x, w, weight_scale, bias, None, scale, zero_point, residual)
+        finite = residual.isfinite()
+        if activation is None and dtype == torch.float32:
+            product = reference.int8_linear(x, w, weight_scale, None, None, scale, zero_point)
+            terms = product.abs() + (0 if bias is None else bias.abs()) + residual.abs()
+            assert ((got.double() - expected).abs() <= 4 * U * terms)[finite].all()
+
+
+@pytest.mark.parametrize("mode", [*MODES, "codes", "per row"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("isa", isa_levels())
+def test_requantized_is_what_quantize_makes_of_the_float(isa: str, activation: str | None, mode: str) -> None:
+    for (m, n, k), dtype, y_zero_point in zip(
+        LINEAR_SHAPES, itertools.cycle(DTYPES), itertools.cycle((None, 5, -128, 127))
+    ):
+        x, pack, weight_scale, bias = awkward_rows(m, k, dtype), ops.pack(s8(n, k)), torch.rand(n) / 99, torch.randn(n)
+        residual = awkward_rows(m, n, dtype) if m % 2 else None
+        scale, zero_point = quantization(mode if mode in MODES else "affine")
+        if mode == "codes":
+            x = s8(m, k)
+        if mode == "per row":
+            x, scale = ops.quantize_per_token(x)
+            zero_point = None
+        arguments = (x, pack, weight_scale, bias, activation, scale, zero_point)
+        with forced(isa):
+            y = ops.int8_linear(*arguments, None if residual is None else residual.float(), dtype=torch.float32)
+            for y_scale in (0.02, 1e-30, 3e38):
+                zero = None if y_zero_point is None else torch.tensor(y_zero_point, dtype=torch.int32)
+                given_scale = torch.tensor(y_scale)
+                wanted = ops.quantize(y, given_scale, zero)
+                got = ops.int8_linear(*arguments, residual, y_scale, y_zero_point, dtype=dtype)
+                assert got.dtype == torch.int8
+                assert torch.equal(got, wanted), (m, n, k)
+                assert torch.equal(ops.int8_linear(*arguments, residual, given_scale, zero, dtype), wanted)
+
+
+@pytest.mark.parametrize("isa", isa_levels())
+def test_requantized_over_all_that_y_can_be(isa: str) -> None:
+    inf, nan = float("inf"), float("nan")
+    edges = torch.tensor([0.0, -0.0, nan, inf, -inf, 3e38, -3e38, 1e-40, 63.75, -63.75, 64.25, -64.25])
+    y = torch.cat([edges, torch.arange(-520, 520) / 8])[None]
+    pack, ones = ops.pack(torch.zeros(y.shape[1], 1, dtype=torch.int8)), torch.ones(y.shape[1])
+    nothing = torch.zeros(1, 1, dtype=torch.int8)
+    with forced(isa):
+        for zero_point in (0, 5, -128, 127):
+            got = ops.int8_linear(nothing, pack, ones, None, None, 1.0, None, y, 0.5, zero_point)
+            assert torch.equal(got, quantize_static(y, torch.tensor(0.5), zero_point))
+            assert got[0, 2] == zero_point
+            assert got[0, 3] == 127
+            assert got[0, 4] == -128
+
+
+@pytest.mark.parametrize("isa", isa_levels())
+def test_requantized_round_the_tiles_touches_nothing_outside(isa: str) -> None:
+    with forced(isa):
+        for m, n, k in around_tiles("int8_gemm"):
+            x, w, weight_scale = s8(m, k), s8(n, k), torch.full((n,), 2.0**-6)
+            residual = torch.randn(m, n)
+            sums = reference.int8_mm(x, w.t()).float() * 2.0**-8
+            for side in ("end", "begin"):
+                got = ops.int8_linear(
+                    *(guarded(t, side) for t in (x, ops.pack(w), weight_scale)),
+                    x_scale=0.25,
+                    residual=guarded(residual, side),
+                    y_scale=8.0,
+                    y_zero_point=3,
+                )
+                assert torch.equal(got, quantize_static(sums + residual, torch.tensor(8.0), 3)), (m, n, k, side)
+
+
+@given(data=st.data())
+def test_chains_on_whatever(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(SEEDS))
+    m, n, k = data.draw(SIZES), data.draw(SIZES), data.draw(SIZES)
+    x = layouts(s8(m, k))[data.draw(LAYOUTS)]
+    dtype = data.draw(st.sampled_from(DTYPES))
+    residual = layouts(torch.randn(m, n).to(dtype))[data.draw(LAYOUTS)]
+    if x.shape != (m, k) or residual.shape != (m, n):  # an empty matrix has no first row or column to broadcast
+        return
+    x_scale, y_scale = (data.draw(st.floats(2.0**-20, 2.0**20, width=32)) for _ in range(2))
+    x_zero, y_zero = data.draw(st.integers(-128, 127)), data.draw(st.integers(-128, 127))
+    w, weight_scale, bias = s8(n, k), torch.rand(n), torch.randn(n)
+    activation = data.draw(st.sampled_from(ACTIVATIONS))
+    arguments = (x, ops.pack(w), weight_scale, bias, activation, x_scale, x_zero)
+    y = ops.int8_linear(*arguments, residual.float())
+    with forced(data.draw(st.sampled_from(isa_levels()))):
+        got = ops.int8_linear(*arguments, residual, y_scale, y_zero, dtype)
+        assert torch.equal(got, ops.quantize(y, torch.tensor(y_scale), torch.tensor(y_zero, dtype=torch.int32)))
+        assert same_bits(ops.int8_linear(*arguments, residual, dtype=dtype), y.to(dtype))
+    # The oracle's float64 may round the other way where float32 meets a tie, never further.
+    expected = reference.int8_linear(x, w, weight_scale, bias, activation, x_scale, x_zero, residual, y_scale, y_zero)
+    assert ((got.int() - expected.int()).abs() <= 1 + 1e-6 * y.abs() / y_scale).all()
+
+
+def test_a_chain_agrees_on_every_level_and_number_of_threads() -> None:
+    for m, n, k in SPLIT_ROWS + SPLIT_COLUMNS:
+        x, pack, weight_scale, bias = s8(m, k), ops.pack(s8(n, k)), torch.rand(n) / 1000, torch.randn(n)
+        residual, scales = torch.randn(m, n), torch.rand(m, 1)
+        results = []
+        for isa, count in itertools.product(isa_levels(), (1, 2, 3)):
+            with forced(isa), threads(count):
+                y = ops.int8_linear(x, pack, weight_scale, bias, "gelu", scales, 7, residual)
+                codes = ops.int8_linear(x, pack, weight_scale, bias, "gelu", scales, 7, residual, 0.1, -3)
+                results.append((y, codes))
+        for y, codes in results:
+            assert same_bits(y, results[0][0])
+            assert torch.equal(codes, results[0][1])
+
+
+def test_gradients_of_a_chain() -> None:
+    w, weight_scale = s8(5, 7), torch.rand(5)
+    pack = ops.pack(w)
+    for x_dtype, y_dtype in itertools.product([torch.int8, *DTYPES], [None, *DTYPES]):
+        x = s8(3, 7) if x_dtype == torch.int8 else torch.randn(3, 7).to(x_dtype).requires_grad_()
+        bias = torch.randn(5).requires_grad_()
+        residual = torch.randn(3, 5).to(float_dtype_of(x, y_dtype)).requires_grad_()
+        y = ops.int8_linear(x, pack, weight_scale, bias, None, 0.1, None, residual, dtype=y_dtype)
+        assert y.dtype == residual.dtype
+        y.backward(torch.ones_like(y))
+        assert torch.equal(residual.grad, torch.ones_like(residual))
+        assert torch.equal(bias.grad, torch.full((5,), 3.0))
+        if x_dtype != torch.int8:
+            assert same_bits(x.grad, (weight_scale @ w.float()).expand(3, 7).to(x_dtype))
+        codes = ops.int8_linear(x, pack, weight_scale, bias, None, 0.1, None, residual, 0.1, dtype=y_dtype)
+        assert codes.dtype == torch.int8
+        assert not codes.requires_grad
+    # Where only the residual asks, it alone gets one; its activation comes first.
+    residual = torch.tensor([[-1e9, 1e9]]).requires_grad_()
+    pack = ops.pack(s8(2, 7))
+    ops.int8_linear(torch.randn(1, 7), pack, torch.rand(2), None, "relu", residual=residual).sum().backward()
+    assert torch.equal(residual.grad, torch.tensor([[0.0, 1.0]]))
+
+
 # --- Bits do not depend on the level, the threads, or the callers ----------------------------------------------------
 
 
@@ -721,6 +932,19 @@ def test_opcheck_linear(mode_bias: tuple[str, bool], dtype: torch.dtype, activat
     torch.library.opcheck(raw.int8_linear_train.default, train)
 
 
+@pytest.mark.parametrize("y_dtype", [None, 0, 1, 2])
+def test_opcheck_chains(y_dtype: int | None) -> None:
+    x, weight, weight_scale, bias = s8(2, 3, 9), ops.pack(s8(5, 9)), torch.rand(5), torch.randn(5)
+    dtype = DTYPES[y_dtype or 0]
+    residual, zero_point = torch.randn(2, 3, 5).to(dtype), torch.tensor(3, dtype=torch.int32)
+    for x_scale in (torch.tensor(0.1), torch.rand(2, 3, 1)):
+        arguments = (x, weight, weight_scale, bias, 1, x_scale, zero_point, residual)
+        torch.library.opcheck(raw.int8_linear.default, (*arguments, None, None, y_dtype))
+        torch.library.opcheck(raw.int8_linear.default, (*arguments, torch.tensor(0.5), zero_point, y_dtype))
+        train = (x, weight, weight_scale, bias.clone().requires_grad_(), x_scale, zero_point)
+        torch.library.opcheck(raw.int8_linear_train.default, (*train, residual.clone().requires_grad_(), y_dtype))
+
+
 def test_opcheck_the_others() -> None:
     w = s8(5, 9)
     torch.library.opcheck(raw.int8_mm.default, (s8(3, 9), w.t()))
@@ -771,6 +995,24 @@ def test_compile_gives_the_same_bits(activation: str | None, mode: str, with_bia
             assert (got is None and wanted is None) or same_bits(got, wanted)
 
 
+def test_compile_a_chain() -> None:
+    torch._dynamo.reset()
+    first, second, third = ops.pack(s8(19, 23)), ops.pack(s8(7, 19)), ops.pack(s8(19, 7))
+    scales = torch.rand(19) / 50, torch.rand(7) / 50
+
+    def run(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes = ops.int8_linear(x, first, scales[0], None, "gelu", y_scale=0.05, y_zero_point=-20)
+        y = ops.int8_linear(codes, second, scales[1], None, "relu", 0.05, -20, residual, dtype=torch.bfloat16)
+        row_codes, row_scales = ops.quantize_per_token(y)
+        return codes, y, ops.int8_linear(row_codes, third, scales[0], None, None, row_scales)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+    for m in (3, 5, 8):
+        x, residual = torch.randn(m, 23), torch.randn(m, 7).bfloat16()
+        for got, wanted in zip(compiled(x, residual), run(x, residual), strict=True):
+            assert same_bits(got, wanted)
+
+
 def test_compile_the_other_ops() -> None:
     torch._dynamo.reset()
 
@@ -794,7 +1036,7 @@ def test_inductor_forward_and_backward() -> None:
     x, bias = torch.randn(6, 23), torch.randn(19)
     for got, wanted in zip(forward_backward(compiled, x, bias), forward_backward(run, x, bias), strict=True):
         # Inductor has its own erf.
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=4e-6)
 
 
 def eager_gradients(
@@ -893,7 +1135,7 @@ def test_training_and_inference_give_the_same_values() -> None:
             assert same_bits(train, plain)
         else:
             before = ops.int8_linear(x.detach(), pack, weight_scale, bias)
-            assert ((train - plain).abs() <= 2 * torch.finfo(dtype).eps * before.abs()).all()
+            assert ((train - plain).abs() <= 3 * torch.finfo(dtype).eps * before.abs()).all()
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
@@ -946,8 +1188,9 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
     ),
     "activation number": (linear(activation=1), "int8_linear: activation must be None, 'relu'", "got 1"),
     "activation list": (linear(activation=["relu"]), "int8_linear: activation must be None, 'relu'", "got ['relu']"),
-    "x float64": (linear(x=X.double()), "int8_linear: x must be float32, bfloat16 or float16", "got float64"),
-    "x int8": (linear(x=X.char()), "int8_linear: x must be float32, bfloat16 or float16", "got int8"),
+    "x float64": (linear(x=X.double()), "int8_linear: x must be float32, bfloat16, float16 or int8", "got float64"),
+    "x uint8": (linear(x=X.byte()), "int8_linear: x must be float32, bfloat16, float16 or int8", "got uint8"),
+    "x int8 without a scale": (linear(x=X.char()), "int8_linear: x_scale must be given with an int8 x", "got none"),
     "x scalar": (linear(x=torch.tensor(1.0)), "int8_linear: x must have at least one dimension", "got x[]"),
     "weight_scale matrix": (
         linear(weight_scale=torch.ones(N, 1)),
@@ -1054,6 +1297,81 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
         "int8_linear: x_zero_point must be in [-128, 127]",
         "got -129",
     ),
+    "x_scale of a wrong number of rows": (
+        linear(x=X.char(), x_scale=torch.ones(2, 1)),
+        "int8_linear: x_scale must have one element, or one for each row of an int8 x[3, 7]",
+        "got x_scale[2, 1]",
+    ),
+    "x_scale of rows without a last dimension": (
+        linear(x=X.char(), x_scale=torch.ones(3)),
+        "int8_linear: x_scale must have one element, or one for each row",
+        "got x_scale[3]",
+    ),
+    "x_scale of rows with a float x": (
+        linear(x_scale=torch.ones(3, 1)),
+        "int8_linear: x_scale must have one element",
+        "got x_scale[3, 1]",
+    ),
+    "x_scale of rows float64": (
+        linear(x=X.char(), x_scale=torch.ones(3, 1).double()),
+        "int8_linear: x_scale must be float32",
+        "got float64",
+    ),
+    "x_scale text": (linear(x_scale="1"), "int8_linear: x_scale must be a float or a float32 tensor", "got '1'"),
+    "x_scale bool": (linear(x_scale=True), "int8_linear: x_scale must be a float or a float32 tensor", "got True"),
+    "x_scale -0.5": (linear(x_scale=-0.5), "int8_linear: x_scale must be finite and at least", "got -0.5"),
+    "x_zero_point int 128": (
+        linear(x_scale=0.5, x_zero_point=128),
+        "int8_linear: x_zero_point must be an int in [-128, 127]",
+        "got 128",
+    ),
+    "x_zero_point float": (
+        linear(x_scale=0.5, x_zero_point=1.0),
+        "int8_linear: x_zero_point must be an int in [-128, 127]",
+        "got 1.0",
+    ),
+    "residual columns": (
+        linear(residual=torch.ones(3, N + 1)),
+        "int8_linear: residual must have y's shape, N=5 columns for the rows of x[3, 7]",
+        "got residual[3, 6]",
+    ),
+    "residual rows": (linear(residual=torch.ones(N)), "int8_linear: residual must have y's shape", "got residual[5]"),
+    "residual bfloat16": (
+        linear(residual=torch.ones(3, N).bfloat16()),
+        "int8_linear: residual must be float32",
+        "got bfloat16",
+    ),
+    "residual float32": (
+        linear(residual=torch.ones(3, N), dtype=torch.float16),
+        "int8_linear: residual must be float16",
+        "got float32",
+    ),
+    "y_scale float64": (linear(y_scale=ONE.double()), "int8_linear: y_scale must be float32", "got float64"),
+    "y_scale rows": (linear(y_scale=torch.ones(3, 1)), "int8_linear: y_scale must have one element", "[3, 1]"),
+    "y_scale zero": (linear(y_scale=0.0), "int8_linear: y_scale must be finite and at least 1.2e-38", "got 0"),
+    "y_scale NaN": (linear(y_scale=NAN), "int8_linear: y_scale must be finite and at least", "got nan"),
+    "y_scale inf": (linear(y_scale=INF), "int8_linear: y_scale must be finite and at least", "got inf"),
+    "y_zero_point alone": (linear(y_zero_point=1), "int8_linear: y_zero_point needs y_scale", "float"),
+    "y_zero_point -129": (
+        linear(y_scale=1.0, y_zero_point=-129),
+        "int8_linear: y_zero_point must be an int in [-128, 127]",
+        "got -129",
+    ),
+    "y_zero_point tensor": (
+        linear(y_scale=1.0, y_zero_point=ZERO + 200),
+        "int8_linear: y_zero_point must be in [-128, 127]",
+        "got 200",
+    ),
+    "dtype float64": (
+        linear(dtype=torch.float64),
+        "int8_linear: dtype must be torch.float32, torch.bfloat16 or torch.float16",
+        "got torch.float64",
+    ),
+    "dtype code": (
+        lambda: raw.int8_linear(X, PACK, SCALE, None, 0, None, None, None, None, None, 3),
+        "int8_linear: dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)",
+        "got 3",
+    ),
     "K beyond the limit": (
         linear_k(MAX_K + 1),
         "int8_linear: x must have at most K=131071 columns",
@@ -1129,10 +1447,13 @@ def test_bad_input(case: str) -> None:
     assert "/" not in message, "no path of the build in a user's message"
 
 
-@pytest.mark.parametrize("argument", ["weight", "weight_scale", "bias", "x_scale", "x_zero_point"])
+@pytest.mark.parametrize(
+    "argument", ["weight", "weight_scale", "bias", "x_scale", "x_zero_point", "residual", "y_scale", "y_zero_point"]
+)
 def test_linear_refuses_another_device(argument: str) -> None:
     # meta is the one other device that every machine has.
     arguments = {"weight": PACK, "weight_scale": SCALE, "bias": BIAS, "x_scale": ONE, "x_zero_point": ZERO}
+    arguments |= {"residual": torch.ones(3, N), "y_scale": ONE, "y_zero_point": ZERO}
     arguments[argument] = arguments[argument].to("meta")
     with pytest.raises(ValueError, match=rf"(?i)int8_linear: {argument} must be on .*cpu.*got .*meta"):
         ops.int8_linear(X, **arguments)

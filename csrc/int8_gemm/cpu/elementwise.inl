@@ -104,30 +104,58 @@ void widen(const WidenArgs& w) {
   }
 }
 
-template <Activation kActivation, class T>
-void epilogue_as(const EpilogueArgs& e) {
+// put(row, j, y, count) takes each vector of float32 results: `count` of them, from column j on. T: of the residual.
+template <Activation kActivation, class T, class Put>
+inline void for_each_result(const EpilogueArgs& e, const Put& put) {
   using S = Simd;
   for (int64_t r = 0; r < e.rows; ++r) {
     const int32_t* acc = e.acc + r * kMaxTileColumns;
-    T* y = static_cast<T*>(e.y) + r * e.y_stride;
+    const T* residual = e.residual ? static_cast<const T*>(e.residual) + r * e.residual_stride : nullptr;
     const S::F x_scale = S::set1(e.x_scale[r]);
-    const auto result = [&](S::I sum, S::F weight_scale, S::F bias) {
-      return activate<kActivation>(S::fma(S::to_f32(sum), S::mul(x_scale, weight_scale), bias));
+    const auto sum_to_float = [&](S::I sum, S::F weight_scale, S::F bias) {
+      return S::fma(S::to_f32(sum), S::mul(x_scale, weight_scale), bias);
     };
     // Without a bias -0.0 is added, which changes nothing, not even the sign of a zero.
     const S::F no_bias = S::set1(-0.0f);
     int64_t j = 0;
-    for (; j + S::kWidth <= e.columns; j += S::kWidth)
-      S::store(y + j,
-               result(S::load_s32(acc + j), S::load(e.weight_scale + j), e.bias ? S::load(e.bias + j) : no_bias));
+    for (; j + S::kWidth <= e.columns; j += S::kWidth) {
+      S::F y = sum_to_float(S::load_s32(acc + j), S::load(e.weight_scale + j), e.bias ? S::load(e.bias + j) : no_bias);
+      if (residual) y = S::add(y, S::load(residual + j));
+      put(r, j, activate<kActivation>(y), S::kWidth);
+    }
     if (j < e.columns) {
       const int n = static_cast<int>(e.columns - j);
-      S::store_n(y + j,
-                 result(S::load_s32_n(acc + j, n), S::load_n(e.weight_scale + j, n),
-                        e.bias ? S::load_n(e.bias + j, n) : no_bias),
-                 n);
+      S::F y = sum_to_float(S::load_s32_n(acc + j, n), S::load_n(e.weight_scale + j, n),
+                            e.bias ? S::load_n(e.bias + j, n) : no_bias);
+      if (residual) y = S::add(y, S::load_n(residual + j, n));
+      put(r, j, activate<kActivation>(y), n);
     }
   }
+}
+
+template <Activation kActivation, class T>
+void epilogue_as(const EpilogueArgs& e) {
+  using S = Simd;
+  if (e.requantize) {
+    const S::F inverse = S::set1(1.0f / e.y_scale);
+    const S::I zero_point = S::set1_s32(e.y_zero_point);
+    for_each_result<kActivation, T>(e, [&](int64_t r, int64_t j, S::F y, int count) {
+      int8_t* p = static_cast<int8_t*>(e.y) + r * e.y_stride + j;
+      const S::I code = static_code(y, inverse, zero_point);
+      if (count == S::kWidth)
+        S::store_as_s8(p, code);
+      else
+        S::store_as_s8_n(p, code, count);
+    });
+    return;
+  }
+  for_each_result<kActivation, T>(e, [&](int64_t r, int64_t j, S::F y, int count) {
+    T* p = static_cast<T*>(e.y) + r * e.y_stride + j;
+    if (count == S::kWidth)
+      S::store(p, y);
+    else
+      S::store_n(p, y, count);
+  });
 }
 
 template <Activation kActivation>

@@ -106,40 +106,44 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
   if (args.m == 0 || args.n == 0) return;
   const Weight w{vnni16::weights(args.weight), vnni16::column_sums(args.weight, args.n, args.k), args.n, args.k};
   const int32_t offset = kernels.panel_offset + (args.dynamic ? 0 : args.x_zero_point);
-  const int64_t bytes = element_bytes(args.dtype);
+  const int64_t x_bytes = args.x_codes ? 1 : element_bytes(args.dtype);
+  const int64_t residual_bytes = element_bytes(args.y_dtype);
+  const int64_t y_bytes = args.requantize ? 1 : element_bytes(args.y_dtype);
   split(args.m, args.n, args.k, [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
     const int64_t chunk = chunk_rows(kernels, row_end - row_begin, args.k);
     const ChunkScratch s(kernels, chunk, args.k);
+    if (args.x_codes) std::fill_n(s.scale, chunk, args.x_scale);
     for (int64_t m = row_begin; m < row_end; m += chunk) {
       const int64_t rows = std::min(chunk, row_end - m);
-      QuantizeArgs q;
-      q.x = static_cast<const char*>(args.x) + m * args.x_stride * bytes;
-      q.dtype = args.dtype;
-      q.x_stride = args.x_stride;
-      q.rows = rows;
-      q.k = args.k;
-      q.panel = s.panel;
-      q.block_stride = s.block_stride;
-      q.dynamic = args.dynamic;
-      q.static_scale = args.x_scale;
-      q.static_zero_point = args.x_zero_point;
-      q.scale = s.scale;
-      kernels.quantize(q);
-      for_each_tile(kernels, s, rows, w, n_begin, n_end, offset,
-                    [&](int64_t row, int64_t tile_rows, int64_t n, int64_t columns) {
-                      EpilogueArgs e;
-                      e.acc = s.acc;
-                      e.rows = tile_rows;
-                      e.columns = columns;
-                      e.x_scale = s.scale + row;
-                      e.weight_scale = args.weight_scale + n;
-                      e.bias = args.bias == nullptr ? nullptr : args.bias + n;
-                      e.activation = args.activation;
-                      e.y = static_cast<char*>(args.y) + ((m + row) * args.n + n) * bytes;
-                      e.dtype = args.dtype;
-                      e.y_stride = args.n;
-                      kernels.epilogue(e);
-                    });
+      const void* x = static_cast<const char*>(args.x) + m * args.x_stride * x_bytes;
+      if (args.x_codes)
+        kernels.widen({static_cast<const int8_t*>(x), args.x_stride, rows, args.k, s.panel, s.block_stride});
+      else
+        kernels.quantize({x, args.dtype, args.x_stride, rows, args.k, s.panel, s.block_stride, args.dynamic,
+                          args.x_scale, args.x_zero_point, s.scale});
+      const float* scale = args.x_scales == nullptr ? s.scale : args.x_scales + m;
+      for_each_tile(
+          kernels, s, rows, w, n_begin, n_end, offset, [&](int64_t row, int64_t tile_rows, int64_t n, int64_t columns) {
+            EpilogueArgs e;
+            e.acc = s.acc;
+            e.rows = tile_rows;
+            e.columns = columns;
+            e.x_scale = scale + row;
+            e.weight_scale = args.weight_scale + n;
+            e.bias = args.bias == nullptr ? nullptr : args.bias + n;
+            e.residual = args.residual == nullptr ? nullptr
+                                                  : static_cast<const char*>(args.residual) +
+                                                        ((m + row) * args.residual_stride + n) * residual_bytes;
+            e.residual_stride = args.residual_stride;
+            e.activation = args.activation;
+            e.y = static_cast<char*>(args.y) + ((m + row) * args.n + n) * y_bytes;
+            e.dtype = args.y_dtype;
+            e.y_stride = args.n;
+            e.requantize = args.requantize;
+            e.y_scale = args.y_scale;
+            e.y_zero_point = args.y_zero_point;
+            kernels.epilogue(e);
+          });
     }
   });
 }

@@ -96,6 +96,15 @@ struct Simd {
     return _mm256_permutevar8x32_epi32(s8, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
   static void store_s8(int8_t* p, I packed) { _mm256_storeu_si256(reinterpret_cast<I*>(p), packed); }
+  static void store_as_s8(int8_t* p, I q) {
+    const __m128i s16 = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(s16, s16));
+  }
+  static void store_as_s8_n(int8_t* p, I q, int n) {
+    int8_t lanes[kWidth];
+    store_as_s8(lanes, q);
+    memcpy(p, lanes, static_cast<size_t>(n));
+  }
   static I load_s8(const int8_t* p) {
     return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }

@@ -80,6 +80,8 @@ struct Simd {
     return _mm512_permutexvar_epi32(order, s8);
   }
   static void store_s8(int8_t* p, I packed) { _mm512_storeu_si512(p, packed); }
+  static void store_as_s8(int8_t* p, I q) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(q)); }
+  static void store_as_s8_n(int8_t* p, I q, int n) { _mm_mask_storeu_epi8(p, first(n), _mm512_cvtsepi32_epi8(q)); }
   static I load_s8(const int8_t* p) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }

@@ -102,6 +102,9 @@ struct Simd {
     return packed;
   }
   static void store_s8(int8_t* p, I packed) { memcpy(p, &packed, sizeof packed); }
+  // One vector of s32 as kWidth s8, clamped; _n: the first n of them.
+  static void store_as_s8(int8_t* p, I q) { *p = static_cast<int8_t>(max_s32(-128, min_s32(127, q))); }
+  static void store_as_s8_n(int8_t*, I, int) {}
   static I load_s8(const int8_t* p) { return *p; }  // kWidth s8 as s32
   static I load_s8_n(const int8_t*, int) { return 0; }
   static I sub_s32(I a, I b) { return a - b; }

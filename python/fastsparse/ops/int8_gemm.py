@@ -25,27 +25,42 @@ def int8_linear(
     weight_scale: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
-    x_scale: Tensor | None = None,
-    x_zero_point: Tensor | None = None,
+    x_scale: Tensor | float | None = None,
+    x_zero_point: Tensor | int | None = None,
+    residual: Tensor | None = None,
+    y_scale: Tensor | float | None = None,
+    y_zero_point: Tensor | int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A linear layer in W8A8: y = activation(x_q W^T * x_scale * weight_scale + bias).
+    """A linear layer in W8A8: y = activation(x_q W^T * x_scale * weight_scale + bias + residual).
 
-    x is quantized on the way in. Without `x_scale`, dynamically per token (row): scale = absmax / 127, symmetric. With
-    it, statically: x_q = clamp(round(x / x_scale) + x_zero_point, -128, 127). Rounding is half to even, the integer
-    sum exact, the epilogue computed in float32. A row that holds a NaN or an infinity gives a row of NaN (dynamic).
+    A float x is quantized on the way in. Without `x_scale`, dynamically per token (row): scale = absmax / 127,
+    symmetric. With it, statically: x_q = clamp(round(x / x_scale) + x_zero_point, -128, 127). Rounding is half to even,
+    the integer sum exact, the epilogue computed in float32. A row that holds a NaN or an infinity gives a row of NaN
+    (dynamic).
+
+    An int8 x is taken as it is, x_q = x, and stands for (x - x_zero_point) * x_scale. With `y_scale`, y is int8 too:
+    y_q = clamp(round(y / y_scale) + y_zero_point, -128, 127), what `quantize` makes of the float32 y, to the bit (NaN
+    gives the zero point). So a chain of layers hands on int8: one layer's y_scale is the next layer's x_scale.
 
     Args:
-        x: float32, bfloat16 or float16 [..., K]; any strides.
+        x: float32, bfloat16, float16 or int8 [..., K]; any strides.
         weight: a pack of s8[N, K], from `pack`.
         weight_scale: float32 [N], finite; the weight is `s8 * weight_scale[:, None]`.
         bias: float32 [N].
         activation: None, "relu", "gelu" (the exact one) or "silu".
-        x_scale: float32, one element, > 0.
-        x_zero_point: int32, one element, in [-128, 127]; needs `x_scale`.
+        x_scale: a float, or float32 of one element on the CPU, > 0; needed with an int8 x, and there also float32
+            [..., 1], a scale for each row, as from `quantize_per_token` (where a NaN makes the row NaN).
+        x_zero_point: an int, or int32 of one element on the CPU, in [-128, 127]; needs `x_scale`.
+        residual: [..., N] in the float dtype of y; any strides. Added before the activation.
+        y_scale: as `x_scale` for a float x: makes y int8.
+        y_zero_point: as `x_zero_point`; needs `y_scale`.
+        dtype: float32, bfloat16 or float16: the float dtype of y, and of the residual also where `y_scale` makes y
+            int8. None: x's, float32 for an int8 x.
 
     Returns:
-        [..., N] in x's dtype. Differentiable in `x` and `bias`; the gradient to x is that of the dequantized weight
-        (straight through the rounding of x).
+        [..., N] in `dtype`, int8 with `y_scale`. A float y is differentiable in a float `x`, `bias` and `residual`; the
+        gradient to x is that of the dequantized weight (straight through the rounding of x). Integers carry none.
 
     Raises:
         ValueError: names the argument, what came and what was expected. K is at most 131071 (65793 with a zero point),
@@ -57,12 +72,45 @@ def int8_linear(
         raise ValueError(
             f"int8_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
         ) from None
+    y_dtype = None if dtype is None else _dtype_code(dtype)
+    x_scale, y_scale = _as_scale("x_scale", x_scale), _as_scale("y_scale", y_scale)
+    x_zero_point = _as_zero_point("x_zero_point", x_zero_point)
+    y_zero_point = _as_zero_point("y_zero_point", y_zero_point)
     if torch.is_grad_enabled():
         if weight_scale.requires_grad:
             raise ValueError("int8_linear: weight_scale must not require a gradient: there is none for it")
-        if x.requires_grad or (bias is not None and bias.requires_grad):
-            return _ACTIVATE[code](_int8_linear_train(x, weight, weight_scale, bias, x_scale, x_zero_point))
-    return _int8_linear(x, weight, weight_scale, bias, code, x_scale, x_zero_point)
+        asked = x.requires_grad or (bias is not None and bias.requires_grad)
+        if (asked or (residual is not None and residual.requires_grad)) and y_scale is None:
+            y = _int8_linear_train(x, weight, weight_scale, bias, x_scale, x_zero_point, residual, y_dtype)
+            return _ACTIVATE[code](y)
+    return _int8_linear(
+        x, weight, weight_scale, bias, code, x_scale, x_zero_point, residual, y_scale, y_zero_point, y_dtype
+    )
+
+
+_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _dtype_code(dtype: Any) -> int:
+    if dtype not in _FLOATS:
+        raise ValueError(f"int8_linear: dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    return _FLOATS[dtype]
+
+
+def _as_scale(name: str, value: Any) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value
+    if type(value) not in (float, int):
+        raise ValueError(f"int8_linear: {name} must be a float or a float32 tensor, got {value!r}")
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
+def _as_zero_point(name: str, value: Any) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value
+    if type(value) is not int or not -128 <= value <= 127:
+        raise ValueError(f"int8_linear: {name} must be an int in [-128, 127] or an int32 tensor, got {value!r}")
+    return torch.tensor(value, dtype=torch.int32, device="cpu")
 
 
 def int8_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -120,23 +168,8 @@ def _check_devices(op: str, first: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} must be on {first.device} like the first argument, got {tensor.device}")
 
 
-def _linear_shape(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    x_zero_point: Tensor | None = None,
-) -> Tensor:
-    _check_devices("int8_linear", x, weight=weight, weight_scale=weight_scale, bias=bias)
-    for name, scalar in (("x_scale", x_scale), ("x_zero_point", x_zero_point)):
-        if scalar is not None and scalar.device.type != "cpu":
-            raise ValueError(f"int8_linear: {name} must be on the CPU, got a tensor on {scalar.device}")
-    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
-
-
 @torch.library.register_fake("fastsparse::int8_linear")
-def _(
+def _linear_shape(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -144,11 +177,40 @@ def _(
     activation: int = 0,
     x_scale: Tensor | None = None,
     x_zero_point: Tensor | None = None,
+    residual: Tensor | None = None,
+    y_scale: Tensor | None = None,
+    y_zero_point: Tensor | None = None,
+    dtype: int | None = None,
 ) -> Tensor:
-    return _linear_shape(x, weight, weight_scale, bias, x_scale, x_zero_point)
+    _check_devices("int8_linear", x, weight=weight, weight_scale=weight_scale, bias=bias, residual=residual)
+    scalars = {"x_scale": x_scale, "x_zero_point": x_zero_point, "y_scale": y_scale, "y_zero_point": y_zero_point}
+    for name, scalar in scalars.items():
+        if scalar is None or scalar.device.type == "cpu":
+            continue
+        if name == "x_scale" and x.dtype == torch.int8 and scalar.device == x.device and scalar.dim() == x.dim():
+            continue  # one for each row
+        raise ValueError(f"int8_linear: {name} must be on the CPU, got a tensor on {scalar.device}")
+    if y_scale is not None:
+        y_dtype = torch.int8
+    elif dtype is not None:
+        y_dtype = list(_FLOATS)[dtype]
+    else:
+        y_dtype = torch.float32 if x.dtype == torch.int8 else x.dtype
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=y_dtype)
 
 
-torch.library.register_fake("fastsparse::int8_linear_train")(_linear_shape)
+@torch.library.register_fake("fastsparse::int8_linear_train")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: int | None = None,
+) -> Tensor:
+    return _linear_shape(x, weight, weight_scale, bias, 0, x_scale, x_zero_point, residual, None, None, dtype)
 
 
 @torch.library.register_fake("fastsparse::int8_mm")
@@ -168,25 +230,29 @@ def _(pack: Tensor, n: int, k: int) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, weight_scale, bias, *_ = inputs
+    # The dispatcher drops trailing arguments that have their default, here and in needs_input_grad.
+    x, weight, weight_scale, bias, _, _, residual, *_ = *inputs, *(None,) * 4
     ctx.save_for_backward(weight, weight_scale)
     ctx.k = x.shape[-1]
+    ctx.x_dtype = x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.has_residual = residual is not None
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_scale = ctx.saved_tensors
-    grad_x = grad_bias = None
+    grad_x = grad_bias = grad_residual = None
     if ctx.needs_input_grad[0]:
         # In float32, autocast or not: gradient times scale underflows in half precision. The scales go to the rows of
         # the gradient, M * N products instead of N * K.
         with torch.autocast(grad.device.type, enabled=False):
             values = _int8_unpack(weight, weight_scale.shape[0], ctx.k).float()
-            grad_x = ((grad.float() * weight_scale) @ values).to(grad.dtype)
-    # The dispatcher drops trailing arguments that have their default, and needs_input_grad with them.
+            grad_x = ((grad.float() * weight_scale) @ values).to(ctx.x_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
-    return grad_x, None, None, grad_bias, None, None
+    if ctx.has_residual and ctx.needs_input_grad[6]:
+        grad_residual = grad
+    return grad_x, None, None, grad_bias, None, None, grad_residual, None
 
 
 torch.library.register_autograd("fastsparse::int8_linear_train", _linear_backward, setup_context=_save_for_backward)

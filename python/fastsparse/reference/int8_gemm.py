@@ -34,7 +34,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), torch.where(broken, torch.full_like(scale, float("nan")), scale)
 
 
-def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | int | None) -> Tensor:
     """clamp(round(x * (1 / scale)) + zero_point, -128, 127) as s8; NaN gives the zero point, infinities saturate."""
     zero = 0 if zero_point is None else int(zero_point)
     t = (x.float() * (1.0 / scale.float())).nan_to_num(0.0, posinf=256.0, neginf=-256.0).clamp(-256, 256)
@@ -47,21 +47,26 @@ def int8_linear(
     weight_scale: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
-    x_scale: Tensor | None = None,
-    x_zero_point: Tensor | None = None,
+    x_scale: Tensor | float | None = None,
+    x_zero_point: Tensor | int | None = None,
+    residual: Tensor | None = None,
+    y_scale: Tensor | float | None = None,
+    y_zero_point: Tensor | int | None = None,
 ) -> Tensor:
-    """As ops.int8_linear, but `weight` is s8[N, K] and the result is float64."""
+    """As ops.int8_linear, but `weight` is s8[N, K] and the result is float64, or int8 with `y_scale`."""
+    zero = 0 if x_zero_point is None else int(x_zero_point)
     if x_scale is None:
         codes, scale = quantize_rows(x)
-        sums = _exact_product(codes, weight.t())
     else:
-        zero = 0 if x_zero_point is None else int(x_zero_point)
-        codes = quantize_static(x, x_scale, x_zero_point)
-        sums = _exact_product(codes, weight.t()) - zero * weight.sum(1, dtype=torch.int64)
-        scale = x_scale.float().reshape(1)
+        scale = torch.as_tensor(x_scale, dtype=torch.float32)
+        codes = x if x.dtype == torch.int8 else quantize_static(x, scale, zero)
+        scale = scale.reshape(1) if scale.numel() == 1 else scale
+    sums = _exact_product(codes, weight.t()) - zero * weight.sum(1, dtype=torch.int64)
     y = sums.double() * scale.double() * weight_scale.double()
     if bias is not None:
         y = y + bias.double()
+    if residual is not None:
+        y = y + residual.double()
     if activation == "relu":
         y = y.relu()
     elif activation == "gelu":
@@ -69,7 +74,9 @@ def int8_linear(
         y = 0.5 * y * torch.special.erfc(-y * 0.5**0.5)
     elif activation == "silu":
         y = torch.nn.functional.silu(y)
-    return y
+    if y_scale is None:
+        return y
+    return quantize_static(y, torch.as_tensor(y_scale, dtype=torch.float32), y_zero_point)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
