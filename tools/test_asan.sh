@@ -60,7 +60,8 @@ C
 must_fail "a write past a buffer" "heap-buffer-overflow" tools/asan_proof.py write "$proof/overrun.so"
 must_fail "an overflowing addition" "signed integer overflow" tools/asan_proof.py add "$proof/overrun.so"
 for isa in $(run -c 'import torch; from fastsparse import _C; print(*_C.isa_available())'); do
-    must_fail "a kernel ($isa) reading past its input" "heap-buffer-overflow.*libfastsparse" tools/asan_proof.py read "$isa"
+    # A vector that begins inside the buffer and ends outside has no name among ASan's kinds of error.
+    must_fail "a kernel ($isa) reading past its input" "\(heap-buffer-overflow\|unknown-crash\).*libfastsparse" tools/asan_proof.py read "$isa"
 done
 
 # hypothesis and pytest-timeout come from the base environment. Left out: what torch compiles with its own flags, and
@@ -68,4 +69,5 @@ done
 if [ $# -eq 0 ]; then
     set -- tests/ops tests/api/test_io.py -k "not compile and not opcheck"
 fi
-run -m pytest -p no:cacheprovider -m "not inductor" "$@"
+# --capture=sys: a sanitizer writes to the process's own stderr and ends it; pytest would take the report with it.
+run -m pytest --capture=sys -p no:cacheprovider -m "not inductor" "$@"

@@ -47,7 +47,7 @@ inline constexpr int kPanelColumns = 16;      // columns of one packed weight pa
 inline constexpr int kStepK = 4;              // k of one step of a tile
 inline constexpr int64_t kBlockBytes = 1024;  // bytes of one row in one block of an A panel
 inline constexpr int64_t kRowStride = 1088;   // + 64: rows of a block fall into different L1 sets
-inline constexpr int kMaxTileRows = 16;
+inline constexpr int kMaxTileRows = 32;
 inline constexpr int kMaxTileColumns = 64;
 
 inline constexpr int64_t kMaxK = 131071;       // 128 * 128 * K < 2^31
@@ -79,7 +79,7 @@ struct WidenArgs {
 struct TileArgs {
   const uint8_t* panel;  // row 0 of the tile, block 0
   int64_t block_stride;
-  int64_t rows;          // 1 .. max_rows
+  int64_t rows;          // 1 .. max_rows; the panel has row_step * ceil(rows / row_step)
   const int8_t* weight;  // first column panel
   int64_t panel_stride;  // bytes between column panels: 16 * Kp
   int64_t columns;       // a multiple of 16, at most columns_for(rows)
@@ -116,12 +116,15 @@ struct Kernels {
   int panel_bytes;   // bytes of one element of an A panel
   int panel_offset;  // what an element is more than x_q: 128 (u8) or 0 (s16)
   int max_rows;      // of one tile
+  int row_step;      // tiles read rows of the panel by so many: what is left of a step is scratch without meaning
   int few_rows;      // tiles of at most so many rows are few_columns wide, taller ones many_columns
   int few_columns, many_columns;
   void (*quantize)(const QuantizeArgs&);
   void (*widen)(const WidenArgs&);
   void (*tile)(const TileArgs&);
   void (*epilogue)(const EpilogueArgs&);
+  void (*enter)();  // before and after the tiles of a chunk, on the thread that runs them; null: nothing to do
+  void (*leave)();
 };
 
 // One per ISA file (cpu/<level>.cpp).
@@ -129,6 +132,7 @@ extern const Kernels kScalar;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAmx;
 #endif
 
 // cpu/launch.cpp: blocking, threads, scratch. `kernels` is what select() chose before work is split.

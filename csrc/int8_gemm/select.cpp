@@ -13,6 +13,7 @@ namespace {
 
 constexpr const Kernels* kRows[] = {
 #if defined(__x86_64__)
+    &kAmx,     // Sapphire Rapids and later Xeons
     &kAvx512,  // Cascade Lake, Ice Lake, Sapphire Rapids, Zen 4
     &kAvx2,    // Haswell to Comet Lake, Alder Lake, Zen 1 to 3
 #endif

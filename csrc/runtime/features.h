@@ -15,6 +15,7 @@ enum Feature : uint32_t {
   kAvx512DQ = 1u << 7,
   kAvx512Vnni = 1u << 8,
   kAvx512Vbmi2 = 1u << 9,
+  kAmxInt8 = 1u << 10,  // AMX-TILE and AMX-INT8, and the system lets this process use them
 };
 
 // What the levels promise; every x86-64-v3 CPU has F16C beside AVX2 and FMA.
@@ -23,6 +24,8 @@ constexpr uint32_t kLevelAvx2 = kAvx2 | kFma | kF16c;
 constexpr uint32_t kLevelAvxVnni = kLevelAvx2 | kAvxVnni;
 constexpr uint32_t kLevelAvx512 = kLevelAvx2 | kAvx512F | kAvx512BW | kAvx512VL | kAvx512DQ | kAvx512Vnni;
 
-enum class Level : int { scalar, avx2, avxvnni, avx512 };
+constexpr uint32_t kLevelAmx = kLevelAvx512 | kAmxInt8;
+
+enum class Level : int { scalar, avx2, avxvnni, avx512, amx };
 
 }  // namespace fs::isa

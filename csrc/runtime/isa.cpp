@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -20,14 +21,34 @@ struct LevelRow {
 };
 
 constexpr LevelRow kLevels[] = {
+    {Level::amx, "amx", kLevelAmx},
     {Level::avx512, "avx512", kLevelAvx512},
     {Level::avxvnni, "avxvnni", kLevelAvxVnni},
     {Level::avx2, "avx2", kLevelAvx2},
     {Level::scalar, "scalar", kLevelScalar},
 };
 
+constexpr const LevelRow& row_of(Level level) {
+  return kLevels[static_cast<int>(Level::amx) - static_cast<int>(level)];
+}
+static_assert(row_of(Level::amx).level == Level::amx && row_of(Level::scalar).level == Level::scalar, "best first");
+
+constexpr char kLevelNames[] = "scalar, avx2, avxvnni, avx512, amx";
+
 constexpr int kUnset = -1;
 std::atomic<int> forced_level{kUnset};  // set_level()
+
+#if defined(__x86_64__)
+// Linux gives a process the 8 KB of tile registers only when it asks; the grant holds for all of its threads.
+bool ask_for_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 uint32_t read_cpuid() {
   uint32_t f = 0;
@@ -40,6 +61,7 @@ uint32_t read_cpuid() {
   asm volatile("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
   const bool os_ymm = (xcr0 & 0x6) == 0x6;    // SSE and AVX state saved by the system
   const bool os_zmm = (xcr0 & 0xe6) == 0xe6;  // and opmask, upper ZMM
+  const bool os_tiles = (xcr0 & 0x60000) == 0x60000;
   if (!os_ymm) return 0;
   if (c & bit_FMA) f |= kFma;
   if (c & bit_F16C) f |= kF16c;
@@ -52,6 +74,8 @@ uint32_t read_cpuid() {
     if (b & bit_AVX512DQ) f |= kAvx512DQ;
     if (c & bit_AVX512VNNI) f |= kAvx512Vnni;
     if (c & bit_AVX512VBMI2) f |= kAvx512Vbmi2;
+    const unsigned amx = (1u << 24) | (1u << 25);  // AMX-TILE, AMX-INT8
+    if (os_tiles && (d & amx) == amx && ask_for_tiles()) f |= kAmxInt8;
   }
   if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4))) f |= kAvxVnni;
 #endif
@@ -68,7 +92,7 @@ uint32_t assumed_features() {
       name += *p;
       continue;
     }
-    if (!name.empty()) f |= kLevels[3 - static_cast<int>(level_from_name(name))].features;
+    if (!name.empty()) f |= row_of(level_from_name(name)).features;
     name.clear();
     if (*p == '\0') return f;
   }
@@ -86,8 +110,7 @@ Level reachable_level(const std::string& name, const char* from) {
   try {
     level = level_from_name(name);
   } catch (const std::invalid_argument&) {
-    throw std::invalid_argument(std::string(from) + "=" + name +
-                                " is not a level; levels: scalar, avx2, avxvnni, avx512");
+    throw std::invalid_argument(std::string(from) + "=" + name + " is not a level; levels: " + kLevelNames);
   }
   for (Level have : available_levels())
     if (have == level) return level;
@@ -96,12 +119,12 @@ Level reachable_level(const std::string& name, const char* from) {
 
 }  // namespace
 
-const char* level_name(Level level) { return kLevels[3 - static_cast<int>(level)].name; }
+const char* level_name(Level level) { return row_of(level).name; }
 
 Level level_from_name(const std::string& name) {
   for (const LevelRow& row : kLevels)
     if (name == row.name) return row.level;
-  throw std::invalid_argument("isa: " + name + " is not a level; levels: scalar, avx2, avxvnni, avx512");
+  throw std::invalid_argument("isa: " + name + " is not a level; levels: " + kLevelNames);
 }
 
 uint32_t cpu_features() {

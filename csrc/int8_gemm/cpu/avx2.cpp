@@ -163,6 +163,19 @@ void tile(const TileArgs& t) {
 
 }  // namespace
 
-const Kernels fs::int8_gemm::kAvx2 = {
-    "avx2",          fs::isa::Level::avx2, fs::isa::kLevelAvx2, Panel::kBytes, Panel::kOffset, kRows,    kFewRows,
-    kMaxTileColumns, kPanelColumns,        &quantize,           &widen,        &tile,          &epilogue};
+const Kernels fs::int8_gemm::kAvx2 = {"avx2",
+                                      fs::isa::Level::avx2,
+                                      fs::isa::kLevelAvx2,
+                                      Panel::kBytes,
+                                      Panel::kOffset,
+                                      kRows,
+                                      1,
+                                      kFewRows,
+                                      kMaxTileColumns,
+                                      kPanelColumns,
+                                      &quantize,
+                                      &widen,
+                                      &tile,
+                                      &epilogue,
+                                      nullptr,
+                                      nullptr};

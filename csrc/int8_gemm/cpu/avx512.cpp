@@ -252,7 +252,19 @@ void tile(const TileArgs& t) {
 
 }  // namespace
 
-const Kernels fs::int8_gemm::kAvx512 = {
-    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, Panel::kBytes, Panel::kOffset, kRows,
-    kFewRows, kMaxTileColumns,        kManyColumns,          &quantize,     &widen,         &tile,
-    &epilogue};
+const Kernels fs::int8_gemm::kAvx512 = {"avx512",
+                                        fs::isa::Level::avx512,
+                                        fs::isa::kLevelAvx512,
+                                        Panel::kBytes,
+                                        Panel::kOffset,
+                                        kRows,
+                                        1,
+                                        kFewRows,
+                                        kMaxTileColumns,
+                                        kManyColumns,
+                                        &quantize,
+                                        &widen,
+                                        &tile,
+                                        &epilogue,
+                                        nullptr,
+                                        nullptr};

@@ -31,7 +31,7 @@ struct ChunkScratch {
 
   ChunkScratch(const Kernels& kernels, int64_t rows, int64_t k) {
     const int64_t blocks = std::max<int64_t>(ceil_div(vnni16::padded_k(k) * kernels.panel_bytes, kBlockBytes), 1);
-    block_stride = rows * kRowStride;
+    block_stride = round_up(rows, kernels.row_step) * kRowStride;
     const int64_t panel_bytes = round_up(blocks * block_stride, 64);
     const int64_t scale_bytes = round_up(rows * static_cast<int64_t>(sizeof(float)), 64);
     const int64_t acc_bytes = kMaxTileRows * kMaxTileColumns * static_cast<int64_t>(sizeof(int32_t));
@@ -47,10 +47,11 @@ template <class Finish>
 void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, const Weight& w, int64_t n_begin,
                    int64_t n_end, int32_t offset, const Finish& finish) {
   const int64_t tiles = ceil_div(rows, kernels.max_rows);
-  const int64_t tile_rows = ceil_div(rows, tiles);  // even: 26 rows are 13 + 13
+  const int64_t tile_rows = round_up(ceil_div(rows, tiles), kernels.row_step);  // even: 26 rows are 13 + 13
   const int64_t width = columns_for(kernels, tile_rows);
   const int64_t n_padded = round_up(n_end, kPanelColumns);
   const int64_t stride = w.panel_stride();
+  if (kernels.enter != nullptr) kernels.enter();
   for (int64_t n = n_begin; n < n_end; n += width) {
     const int64_t columns = std::min(width, n_padded - n);
     const int8_t* weight = w.data + n / kPanelColumns * stride;
@@ -67,17 +68,17 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
       t.offset = offset;
       t.k_steps = vnni16::padded_k(w.k) / kStepK;
       t.acc = s.acc;
-      const bool few = tiles == 1 && tile_rows <= kernels.few_rows;
-      t.prefetch_ahead = few ? prefetch_ahead(w.n, w.k) : 0;
+      t.prefetch_ahead = prefetch_ahead(w.n, w.k);
       // Each row tile brings its share of the next column panel to L2.
       const int64_t share = ceil_div(next_columns / kPanelColumns * stride, tiles);
       t.prefetch_next =
-          few || next_columns <= 0 ? nullptr : weight + columns / kPanelColumns * stride + row / tile_rows * share;
+          next_columns <= 0 ? nullptr : weight + columns / kPanelColumns * stride + row / tile_rows * share;
       t.prefetch_bytes = share;
       kernels.tile(t);
       finish(row, t.rows, n, std::min(columns, n_end - n));
     }
   }
+  if (kernels.leave != nullptr) kernels.leave();
 }
 
 // Calls body(row_begin, row_end, n_begin, n_end) for parts of [0, m) x [0, n), one a thread.

@@ -47,7 +47,19 @@ void tile(const TileArgs& t) {
 
 }  // namespace
 
-const Kernels fs::int8_gemm::kScalar = {
-    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, Panel::kBytes, Panel::kOffset, kRows,
-    kRows,    kMaxTileColumns,        kPanelColumns,         &quantize,     &widen,         &tile,
-    &epilogue};
+const Kernels fs::int8_gemm::kScalar = {"scalar",
+                                        fs::isa::Level::scalar,
+                                        fs::isa::kLevelScalar,
+                                        Panel::kBytes,
+                                        Panel::kOffset,
+                                        kRows,
+                                        1,
+                                        kRows,
+                                        kMaxTileColumns,
+                                        kPanelColumns,
+                                        &quantize,
+                                        &widen,
+                                        &tile,
+                                        &epilogue,
+                                        nullptr,
+                                        nullptr};

@@ -38,9 +38,8 @@ void finish_rows(const Kernels& kernels, const LinearArgs& args, int64_t row, in
 // Rows of x for sell16: where each of its 16-bit indices can be read, whatever the pack says. What lies beyond K is
 // never touched for a sound pack. The stride keeps equal columns out of the same cache sets.
 const float* copy_for_sell(const LinearArgs& args) {
-  const auto row_bytes = static_cast<size_t>(args.weight.k) * sizeof(float);
   auto* x = reinterpret_cast<float*>(scratch(static_cast<size_t>(kFewSellRows * kSellStride) * sizeof(float)));
-  for (int64_t r = 0; r < args.m; ++r) std::memcpy(x + r * kSellStride, args.x + r * args.x_stride, row_bytes);
+  for (int64_t r = 0; r < args.m; ++r) std::copy_n(args.x + r * args.x_stride, args.weight.k, x + r * kSellStride);
   return x;
 }
 
