@@ -150,13 +150,12 @@ inline void store(const Sums<kCount, kVecs>& s, int32_t* acc) {
 constexpr int64_t kBlockSteps = kBlockBytes / kStepK;
 constexpr int64_t kStepBytes = kPanelColumns * kStepK;  // of weights, per column panel
 
-// Many rows: the next column panel is prefetched under this one, `ahead` bytes a step.
-template <int kCount, int kVecs>
+// Many rows; kPrefetch: the next column panel comes to L2 under this one, `ahead` bytes a step.
+template <int kCount, int kVecs, bool kPrefetch>
 void tile_many(const TileArgs& t) {
   const int8_t* w = t.weight;
-  const int8_t* next = t.prefetch_next == nullptr ? t.weight : t.prefetch_next;
-  const int64_t ahead =
-      t.prefetch_next == nullptr || t.k_steps == 0 ? 0 : (t.prefetch_bytes + t.k_steps - 1) / t.k_steps;
+  const int8_t* next = t.prefetch_next;
+  const int64_t ahead = t.k_steps == 0 ? 0 : (t.prefetch_bytes + t.k_steps - 1) / t.k_steps;
   Sums<kCount, kVecs> sums;
   start(sums, t.column_sum, _mm512_set1_epi32(-t.offset));
   const uint8_t* block = t.panel;
@@ -164,9 +163,11 @@ void tile_many(const TileArgs& t) {
     const uint8_t* a = block;
     const uint8_t* end = a + kStepK * (left < kBlockSteps ? left : kBlockSteps);
     for (; a != end; a += kStepK, w += kStepBytes) {
-      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(next + 64), _MM_HINT_T1);
-      next += ahead;
+      if constexpr (kPrefetch) {
+        _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(next + 64), _MM_HINT_T1);
+        next += ahead;
+      }
       Vecs<kVecs> b;
       load(b, w, t.panel_stride);
       step(sums, b, a);
@@ -227,8 +228,9 @@ void few(const TileArgs& t) {
 
 template <int kCount>
 void many(const TileArgs& t) {
-  if (t.columns == kManyColumns) return tile_many<kCount, 2>(t);
-  tile_many<kCount, 1>(t);
+  if (t.columns != kManyColumns) return tile_many<kCount, 1, false>(t);
+  if (t.prefetch_next != nullptr) return tile_many<kCount, 2, true>(t);
+  tile_many<kCount, 2, false>(t);
 }
 
 void tile(const TileArgs& t) {

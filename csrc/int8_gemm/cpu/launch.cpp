@@ -71,8 +71,9 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
       t.prefetch_ahead = prefetch_ahead(w.n, w.k);
       // Each row tile brings its share of the next column panel to L2.
       const int64_t share = ceil_div(next_columns / kPanelColumns * stride, tiles);
-      t.prefetch_next =
-          next_columns <= 0 ? nullptr : weight + columns / kPanelColumns * stride + row / tile_rows * share;
+      t.prefetch_next = t.prefetch_ahead == 0 || next_columns <= 0
+                            ? nullptr
+                            : weight + columns / kPanelColumns * stride + row / tile_rows * share;
       t.prefetch_bytes = share;
       kernels.tile(t);
       finish(row, t.rows, n, std::min(columns, n_end - n));
