@@ -85,7 +85,8 @@ struct TileArgs {
   int64_t columns;       // a multiple of 16, at most columns_for(rows)
   const int32_t* column_sum;
   int32_t offset;
-  int64_t k_steps;  // Kp / 4
+  const int32_t* start;  // [columns], as enter() wrote it
+  int64_t k_steps;       // Kp / 4
   int32_t* acc;
   int64_t prefetch_ahead;  // > 0: weights are prefetched so many bytes ahead of their use (few rows, from L3 or DRAM)
   const int8_t* prefetch_next;  // not null: prefetch_bytes from here go to L2 meanwhile (many rows: the next panel)
@@ -123,7 +124,9 @@ struct Kernels {
   void (*widen)(const WidenArgs&);
   void (*tile)(const TileArgs&);
   void (*epilogue)(const EpilogueArgs&);
-  void (*enter)();  // before and after the tiles of a chunk, on the thread that runs them; null: nothing to do
+  // Before and after the tiles of a chunk, on the thread that runs them; null: nothing to do. enter() may write what
+  // the sums of n columns start from, long before a tile reads it.
+  void (*enter)(const int32_t* column_sum, int64_t n, int32_t offset, int32_t* start);
   void (*leave)();
 };
 

@@ -37,55 +37,57 @@ struct TileConfig {
 static_assert(sizeof(TileConfig) == 64, "as the instruction reads it");
 constexpr TileConfig kTileConfig;
 
-// Written out: gcc 12's _tile_loadconfig tells the compiler of 8 bytes only.
-void enter() { asm volatile("ldtilecfg %0" ::"m"(kTileConfig)); }
+// ldtilecfg written out: gcc 12's _tile_loadconfig tells the compiler of 8 bytes only. What sums start from is written
+// here, since a tile load that meets a store on its way waits until that store, and y's before it, are done.
+void enter(const int32_t* column_sum, int64_t n, int32_t offset, int32_t* start) {
+  asm volatile("ldtilecfg %0" ::"m"(kTileConfig));
+  const __m512i factor = _mm512_set1_epi32(-offset);
+  for (int64_t i = 0; i < n; i += kPanelColumns)
+    _mm512_storeu_si512(start + i, _mm512_mullo_epi32(_mm512_loadu_si512(column_sum + i), factor));
+}
+
 void leave() { asm volatile("tilerelease" ::); }
 
-// Before the products of a tile: what the sums start from, and the last, incomplete 64 k of each column panel.
-struct Prepared {
-  alignas(64) int32_t start[kMaxTileColumns];
-  alignas(64) int8_t tail[kMaxTileColumns / kPanelColumns][kTileBytes];
-  int64_t full;   // tiles of 64 k that the column panels hold whole
-  int64_t tiles;  // and with the tail
+// The last, incomplete 64 k of kPanels column panels, with zeros behind.
+template <int kPanels>
+struct Tail {
+  alignas(64) int8_t tile[kPanels][kTileBytes];
 
-  explicit Prepared(const TileArgs& t) {
-    full = t.k_steps / kTileSteps;
-    const int64_t rest = t.k_steps % kTileSteps;
-    tiles = full + (rest > 0);
-    const __m512i offset = _mm512_set1_epi32(-t.offset);
-    for (int64_t n = 0; n < t.columns; n += kPanelColumns)
-      _mm512_store_si512(start + n, _mm512_mullo_epi32(_mm512_loadu_si512(t.column_sum + n), offset));
-    if (rest == 0) return;
-    for (int64_t p = 0; p < t.columns / kPanelColumns; ++p) {
-      const int8_t* last = t.weight + p * t.panel_stride + full * kTileBytes;
+  void copy(const int8_t* last, int64_t panel_stride, int64_t steps) {
+    for (int p = 0; p < kPanels; ++p, last += panel_stride)
       for (int64_t i = 0; i < kTileSteps; ++i)
-        _mm512_store_si512(tail[p] + 64 * i, i < rest ? _mm512_loadu_si512(last + 64 * i) : _mm512_setzero_si512());
-    }
+        _mm512_store_si512(tile[p] + 64 * i, i < steps ? _mm512_loadu_si512(last + 64 * i) : _mm512_setzero_si512());
   }
 };
 
-// Tiles 0 to 3 are sums, two row halves of kPanels (or one of up to four); 4 and 5 x; 6 and 7 weights.
+// The column panels [first, first + kPanels) of a call. Tiles 0 to 3 are sums: two halves of the rows times kPanels, or
+// one half; 4 and 5 are x, 6 and 7 weights.
 template <int kHalves, int kPanels>
-void multiply(const TileArgs& t) {
+void multiply(const TileArgs& t, int64_t first) {
   static_assert(kHalves * kPanels <= 4, "tiles of sums");
   constexpr int64_t acc_stride = kMaxTileColumns * sizeof(int32_t);
-  const Prepared prepared(t);
+  const int8_t* weight = t.weight + first * t.panel_stride;
+  const int64_t full = t.k_steps / kTileSteps, rest = t.k_steps % kTileSteps, tiles = full + (rest > 0);
+  Tail<kPanels> tail;
+  if (rest > 0) tail.copy(weight + full * kTileBytes, t.panel_stride, rest);
   const auto weights = [&](int64_t panel, int64_t i) {
-    return i < prepared.full ? t.weight + panel * t.panel_stride + i * kTileBytes : prepared.tail[panel];
+    return i < full ? weight + panel * t.panel_stride + i * kTileBytes : tail.tile[panel];
   };
   const char* next = reinterpret_cast<const char*>(t.prefetch_next);
   const int64_t lines =  // of the next column panel, under each 64 k
-      next == nullptr || prepared.tiles == 0 ? 0 : (t.prefetch_bytes + 64 * prepared.tiles - 1) / (64 * prepared.tiles);
+      next == nullptr || first > 0 || tiles == 0 ? 0 : (t.prefetch_bytes + 64 * tiles - 1) / (64 * tiles);
 
-  _tile_loadd(0, prepared.start, 0);
-  if constexpr (kPanels > 1) _tile_loadd(1, prepared.start + 16, 0);
-  if constexpr (kPanels > 2) _tile_loadd(2, prepared.start + 32, 0);
-  if constexpr (kPanels > 2) _tile_loadd(3, prepared.start + 48, 0);
-  if constexpr (kHalves > 1) _tile_loadd(2, prepared.start, 0);
-  if constexpr (kHalves > 1 && kPanels > 1) _tile_loadd(3, prepared.start + 16, 0);
+  const int32_t* start = t.start + first * kPanelColumns;
+  int32_t* acc = t.acc + first * kPanelColumns;
+  _tile_loadd(0, start, 0);
+  if constexpr (kPanels > 1) _tile_loadd(1, start + 16, 0);
+  if constexpr (kPanels > 2) _tile_loadd(2, start + 32, 0);
+  if constexpr (kPanels > 2) _tile_loadd(3, start + 48, 0);
+  if constexpr (kHalves > 1) _tile_loadd(2, start, 0);
+  if constexpr (kHalves > 1 && kPanels > 1) _tile_loadd(3, start + 16, 0);
   const uint8_t* block = t.panel;
   int64_t in_block = 0;
-  for (int64_t i = 0; i < prepared.tiles; ++i, ++in_block) {
+  for (int64_t i = 0; i < tiles; ++i, ++in_block) {
     if (in_block == kBlockTiles) {
       in_block = 0;
       block += t.block_stride;
@@ -111,45 +113,29 @@ void multiply(const TileArgs& t) {
     }
     for (int64_t line = 0; line < lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
   }
-  int32_t* below = t.acc + kTileRows * kMaxTileColumns;
-  _tile_stored(0, t.acc, acc_stride);
-  if constexpr (kPanels > 1) _tile_stored(1, t.acc + 16, acc_stride);
-  if constexpr (kPanels > 2) _tile_stored(2, t.acc + 32, acc_stride);
-  if constexpr (kPanels > 2) _tile_stored(3, t.acc + 48, acc_stride);
+  int32_t* below = acc + kTileRows * kMaxTileColumns;
+  _tile_stored(0, acc, acc_stride);
+  if constexpr (kPanels > 1) _tile_stored(1, acc + 16, acc_stride);
+  if constexpr (kPanels > 2) _tile_stored(2, acc + 32, acc_stride);
+  if constexpr (kPanels > 2) _tile_stored(3, acc + 48, acc_stride);
   if constexpr (kHalves > 1) _tile_stored(2, below, acc_stride);
   if constexpr (kHalves > 1 && kPanels > 1) _tile_stored(3, below + 16, acc_stride);
 }
 
+template <int kHalves>
+void tile_of(const TileArgs& t) {
+  const int64_t panels = t.columns / kPanelColumns;
+  int64_t p = 0;
+  if constexpr (kHalves == 1)
+    for (; p + 4 <= panels; p += 4) multiply<1, 4>(t, p);
+  for (; p + 2 <= panels; p += 2) multiply<kHalves, 2>(t, p);
+  if (p < panels) multiply<kHalves, 1>(t, p);
+}
+
 void tile(const TileArgs& t) {
   if (t.rows <= kVnniRows) return kAvx512.tile(t);
-  const bool one_half = t.rows <= kTileRows;
-  const int width = one_half ? 4 : 2;
-  TileArgs part = t;
-  for (int64_t panel = 0, panels = t.columns / kPanelColumns; panel < panels;) {
-    const int64_t left = panels - panel < width ? panels - panel : width;
-    part.weight = t.weight + panel * t.panel_stride;
-    part.column_sum = t.column_sum + panel * kPanelColumns;
-    part.acc = t.acc + panel * kPanelColumns;
-    part.columns = left * kPanelColumns;
-    if (one_half && left == 4) {
-      multiply<1, 4>(part);
-      panel += 4;
-    } else if (left >= 2) {
-      part.columns = 2 * kPanelColumns;
-      if (one_half)
-        multiply<1, 2>(part);
-      else
-        multiply<2, 2>(part);
-      panel += 2;
-    } else {
-      if (one_half)
-        multiply<1, 1>(part);
-      else
-        multiply<2, 1>(part);
-      panel += 1;
-    }
-    part.prefetch_next = nullptr;  // once
-  }
+  if (t.rows <= kTileRows) return tile_of<1>(t);
+  tile_of<2>(t);
 }
 
 // The panels are the avx512 row's, and all that is not a tile.

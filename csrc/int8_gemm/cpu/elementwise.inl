@@ -105,31 +105,44 @@ void widen(const WidenArgs& w) {
 }
 
 // put(row, j, y, count) takes each vector of float32 results: `count` of them, from column j on. T: of the residual.
+// Columns outside, rows inside: what belongs to columns stays in registers.
 template <Activation kActivation, class T, class Put>
 inline void for_each_result(const EpilogueArgs& e, const Put& put) {
   using S = Simd;
+  struct Columns {
+    S::F weight_scale, bias;
+  };
+  // Without a bias -0.0 is added, which changes nothing, not even the sign of a zero.
+  const auto columns_at = [&](int64_t j) {
+    return Columns{S::load(e.weight_scale + j), e.bias ? S::load(e.bias + j) : S::set1(-0.0f)};
+  };
+  const T* residual = static_cast<const T*>(e.residual);
+  const auto result = [&](const Columns& c, int64_t r, int64_t j) {
+    const S::I sum = S::load_s32(e.acc + r * kMaxTileColumns + j);
+    S::F y = S::fma(S::to_f32(sum), S::mul(S::set1(e.x_scale[r]), c.weight_scale), c.bias);
+    if (residual) y = S::add(y, S::load(residual + r * e.residual_stride + j));
+    put(r, j, activate<kActivation>(y), S::kWidth);
+  };
+  int64_t j = 0;
+  for (; j + 2 * S::kWidth <= e.columns; j += 2 * S::kWidth) {
+    const Columns first = columns_at(j), second = columns_at(j + S::kWidth);
+    for (int64_t r = 0; r < e.rows; ++r) {
+      result(first, r, j);
+      result(second, r, j + S::kWidth);
+    }
+  }
+  for (; j + S::kWidth <= e.columns; j += S::kWidth) {
+    const Columns c = columns_at(j);
+    for (int64_t r = 0; r < e.rows; ++r) result(c, r, j);
+  }
+  if (j == e.columns) return;
+  const int n = static_cast<int>(e.columns - j);
+  const Columns c{S::load_n(e.weight_scale + j, n), e.bias ? S::load_n(e.bias + j, n) : S::set1(-0.0f)};
   for (int64_t r = 0; r < e.rows; ++r) {
-    const int32_t* acc = e.acc + r * kMaxTileColumns;
-    const T* residual = e.residual ? static_cast<const T*>(e.residual) + r * e.residual_stride : nullptr;
-    const S::F x_scale = S::set1(e.x_scale[r]);
-    const auto sum_to_float = [&](S::I sum, S::F weight_scale, S::F bias) {
-      return S::fma(S::to_f32(sum), S::mul(x_scale, weight_scale), bias);
-    };
-    // Without a bias -0.0 is added, which changes nothing, not even the sign of a zero.
-    const S::F no_bias = S::set1(-0.0f);
-    int64_t j = 0;
-    for (; j + S::kWidth <= e.columns; j += S::kWidth) {
-      S::F y = sum_to_float(S::load_s32(acc + j), S::load(e.weight_scale + j), e.bias ? S::load(e.bias + j) : no_bias);
-      if (residual) y = S::add(y, S::load(residual + j));
-      put(r, j, activate<kActivation>(y), S::kWidth);
-    }
-    if (j < e.columns) {
-      const int n = static_cast<int>(e.columns - j);
-      S::F y = sum_to_float(S::load_s32_n(acc + j, n), S::load_n(e.weight_scale + j, n),
-                            e.bias ? S::load_n(e.bias + j, n) : no_bias);
-      if (residual) y = S::add(y, S::load_n(residual + j, n));
-      put(r, j, activate<kActivation>(y), n);
-    }
+    const S::I sum = S::load_s32_n(e.acc + r * kMaxTileColumns + j, n);
+    S::F y = S::fma(S::to_f32(sum), S::mul(S::set1(e.x_scale[r]), c.weight_scale), c.bias);
+    if (residual) y = S::add(y, S::load_n(residual + r * e.residual_stride + j, n));
+    put(r, j, activate<kActivation>(y), n);
   }
 }
 

@@ -22,22 +22,25 @@ struct Weight {
   int64_t panel_stride() const { return kPanelColumns * vnni16::padded_k(k); }
 };
 
-// A thread's scratch for one chunk of rows: the panel, then the scales, then one tile of sums.
+// A thread's scratch for one chunk of rows: the panel, then the scales, one tile of sums, and what enter() writes.
 struct ChunkScratch {
   uint8_t* panel;
   int64_t block_stride;
   float* scale;
   int32_t* acc;
+  int32_t* start;
 
-  ChunkScratch(const Kernels& kernels, int64_t rows, int64_t k) {
+  ChunkScratch(const Kernels& kernels, int64_t rows, int64_t k, int64_t columns) {
     const int64_t blocks = std::max<int64_t>(ceil_div(vnni16::padded_k(k) * kernels.panel_bytes, kBlockBytes), 1);
     block_stride = round_up(rows, kernels.row_step) * kRowStride;
     const int64_t panel_bytes = round_up(blocks * block_stride, 64);
     const int64_t scale_bytes = round_up(rows * static_cast<int64_t>(sizeof(float)), 64);
     const int64_t acc_bytes = kMaxTileRows * kMaxTileColumns * static_cast<int64_t>(sizeof(int32_t));
-    panel = scratch(static_cast<size_t>(panel_bytes + scale_bytes + acc_bytes));
+    const int64_t start_bytes = kernels.enter == nullptr ? 0 : round_up(columns, kPanelColumns) * 4;
+    panel = scratch(static_cast<size_t>(panel_bytes + scale_bytes + acc_bytes + start_bytes));
     scale = reinterpret_cast<float*>(panel + panel_bytes);
     acc = reinterpret_cast<int32_t*>(panel + panel_bytes + scale_bytes);
+    start = reinterpret_cast<int32_t*>(panel + panel_bytes + scale_bytes + acc_bytes);
   }
 };
 
@@ -51,7 +54,7 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
   const int64_t width = columns_for(kernels, tile_rows);
   const int64_t n_padded = round_up(n_end, kPanelColumns);
   const int64_t stride = w.panel_stride();
-  if (kernels.enter != nullptr) kernels.enter();
+  if (kernels.enter != nullptr) kernels.enter(w.column_sum + n_begin, n_padded - n_begin, offset, s.start);
   for (int64_t n = n_begin; n < n_end; n += width) {
     const int64_t columns = std::min(width, n_padded - n);
     const int8_t* weight = w.data + n / kPanelColumns * stride;
@@ -66,6 +69,7 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
       t.columns = columns;
       t.column_sum = w.column_sum + n;
       t.offset = offset;
+      t.start = s.start + (n - n_begin);
       t.k_steps = vnni16::padded_k(w.k) / kStepK;
       t.acc = s.acc;
       t.prefetch_ahead = prefetch_ahead(w.n, w.k);
@@ -113,7 +117,7 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
   const int64_t y_bytes = args.requantize ? 1 : element_bytes(args.y_dtype);
   split(args.m, args.n, args.k, [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
     const int64_t chunk = chunk_rows(kernels, row_end - row_begin, args.k);
-    const ChunkScratch s(kernels, chunk, args.k);
+    const ChunkScratch s(kernels, chunk, args.k, n_end - n_begin);
     if (args.x_codes) std::fill_n(s.scale, chunk, args.x_scale);
     for (int64_t m = row_begin; m < row_end; m += chunk) {
       const int64_t rows = std::min(chunk, row_end - m);
@@ -158,7 +162,7 @@ void matmul(const Kernels& kernels, const MatmulArgs& args) {
   const Weight w{vnni16::weights(packed.get()), vnni16::column_sums(packed.get(), args.n, args.k), args.n, args.k};
   split(args.m, args.n, args.k, [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
     const int64_t chunk = chunk_rows(kernels, row_end - row_begin, args.k);
-    const ChunkScratch s(kernels, chunk, args.k);
+    const ChunkScratch s(kernels, chunk, args.k, n_end - n_begin);
     for (int64_t m = row_begin; m < row_end; m += chunk) {
       const int64_t rows = std::min(chunk, row_end - m);
       kernels.widen({args.a + m * args.a_stride, args.a_stride, rows, args.k, s.panel, s.block_stride});
