@@ -50,11 +50,15 @@ std::vector<KernelInfo> kernel_infos() {
 
 int64_t chunk_rows(const Kernels& kernels, int64_t m, int64_t k) {
   const int64_t row_bytes = (k * kernels.panel_bytes + kBlockBytes - 1) / kBlockBytes * kRowStride;
-  const int64_t fit = isa::l2_bytes() / 4 / std::max<int64_t>(row_bytes, 1);
-  const int64_t tallest = std::clamp<int64_t>(fit, kernels.max_rows, 128);
+  // A quarter of L2; half where tiles are so fast that reading the weights again would be felt (a row step: AMX).
+  const int64_t share = kernels.row_step > 1 ? 2 : 4;
+  const int64_t fit = isa::l2_bytes() / share / std::max<int64_t>(row_bytes, 1);
+  int64_t tallest = std::clamp<int64_t>(fit, kernels.max_rows, 128);
+  if (kernels.row_step > 1) tallest -= tallest % kernels.max_rows;
   // Even chunks: 130 rows are 65 + 65, not 128 + 2.
   const int64_t chunks = (m + tallest - 1) / tallest;
-  return (m + chunks - 1) / chunks;
+  const int64_t rows = (m + chunks - 1) / chunks;
+  return (rows + kernels.row_step - 1) / kernels.row_step * kernels.row_step;
 }
 
 bool split_rows(int64_t m, int64_t n, int64_t k) { return m >= 128 || (m >= 16 && n * k < (int64_t{1} << 20)); }
