@@ -65,6 +65,7 @@ struct Tail {
 template <int kHalves, int kPanels>
 void multiply(const TileArgs& t, int64_t first) {
   static_assert(kHalves * kPanels <= 4, "tiles of sums");
+  constexpr bool kAhead = kHalves == 1 && kPanels == 4;  // one tile of rows: each weight is read once
   constexpr int64_t acc_stride = kMaxTileColumns * sizeof(int32_t);
   const int8_t* weight = t.weight + first * t.panel_stride;
   const int64_t full = t.k_steps / kTileSteps, rest = t.k_steps % kTileSteps, tiles = full + (rest > 0);
@@ -85,6 +86,11 @@ void multiply(const TileArgs& t, int64_t first) {
   if constexpr (kPanels > 2) _tile_loadd(3, start + 48, 0);
   if constexpr (kHalves > 1) _tile_loadd(2, start, 0);
   if constexpr (kHalves > 1 && kPanels > 1) _tile_loadd(3, start + 16, 0);
+  const auto prefetch = [&](int64_t panel, int64_t i) {  // the weights of the next 64 k, come to L1
+    if (!kAhead || t.prefetch_ahead == 0) return;
+    const char* p = reinterpret_cast<const char*>(weight + panel * t.panel_stride + (i + 1) * kTileBytes);
+    for (int line = 0; line < kTileBytes; line += 64) _mm_prefetch(p + line, _MM_HINT_T0);
+  };
   const uint8_t* block = t.panel;
   int64_t in_block = 0;
   for (int64_t i = 0; i < tiles; ++i, ++in_block) {
@@ -96,22 +102,27 @@ void multiply(const TileArgs& t, int64_t first) {
     _tile_loadd(4, x, kRowStride);
     _tile_loadd(6, weights(0, i), 64);
     _tile_dpbusd(0, 4, 6);
+    prefetch(0, i);
     if constexpr (kPanels > 1) {
       _tile_loadd(7, weights(1, i), 64);
       _tile_dpbusd(1, 4, 7);
+      prefetch(1, i);
     }
     if constexpr (kPanels > 2) {
       _tile_loadd(6, weights(2, i), 64);
       _tile_dpbusd(2, 4, 6);
+      prefetch(2, i);
       _tile_loadd(7, weights(3, i), 64);
       _tile_dpbusd(3, 4, 7);
+      prefetch(3, i);
     }
     if constexpr (kHalves > 1) {
       _tile_loadd(5, x + kTileRows * kRowStride, kRowStride);
       _tile_dpbusd(2, 5, 6);
       if constexpr (kPanels > 1) _tile_dpbusd(3, 5, 7);
     }
-    for (int64_t line = 0; line < lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+    if constexpr (!kAhead)
+      for (int64_t line = 0; line < lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
   }
   int32_t* below = acc + kTileRows * kMaxTileColumns;
   _tile_stored(0, acc, acc_stride);
@@ -133,7 +144,7 @@ void tile_of(const TileArgs& t) {
 }
 
 void tile(const TileArgs& t) {
-  if (t.rows <= kVnniRows) return kAvx512.tile(t);
+  if (t.rows <= (t.prefetch_ahead > 0 ? kVnniRows : 1)) return kAvx512.tile(t);
   if (t.rows <= kTileRows) return tile_of<1>(t);
   tile_of<2>(t);
 }

@@ -1,7 +1,7 @@
 // int8_gemm, AVX-512-VNNI (F, BW, VL, DQ, VNNI): exact, -128 included.
 // Idea     vpdpbusd wants u8 * s8: x is stored as x_q + 128, and the sums start at -128 * column_sum, so it costs
 // nothing. Tile     up to 14 rows x 32 columns: 28 sums + 2 weights + 1 broadcast = 31 of 32 registers.
-//          Few rows (up to 6): 64 columns, four weight streams share a broadcast; 1 and 2 rows keep two sets of sums
+//          Few rows (up to 6): 64 columns, four weight streams share a broadcast; 1 to 3 rows keep two sets of sums
 //          (even and odd steps), so that the latency of vpdpbusd stays hidden.
 // Reads    vnni16: one 64-byte load per 16 columns x 4 k; x by vpbroadcastd, 4 k of one row.
 // Tails    n: the caller copies only its columns; k: weights are zero-padded; m: smaller instances.
@@ -48,6 +48,14 @@ template <int kVecs>
 inline void load(Vecs<kVecs>& b, const int8_t* w, int64_t panel_stride) {
   load(b.rest, w, panel_stride);
   b.v = _mm512_loadu_si512(w + (kVecs - 1) * panel_stride);
+}
+
+// Several rows use a weight: it is loaded once. gcc 12 would read memory again for each.
+inline void hold(Vecs<0>&) {}
+template <int kVecs>
+inline void hold(Vecs<kVecs>& b) {
+  hold(b.rest);
+  asm("" : "+v"(b.v));
 }
 
 inline void prefetch(Vecs<0>, const int8_t*, int64_t) {}
@@ -196,8 +204,10 @@ void tile_few(const TileArgs& t) {
         }
         Vecs<kVecs> b;
         load(b, w, t.panel_stride);
+        if constexpr (kCount > 1) hold(b);
         step(sums, b, a);
         load(b, w + kStepBytes, t.panel_stride);
+        if constexpr (kCount > 1) hold(b);
         step(odd, b, a + kStepK);
       }
     }
@@ -205,6 +215,7 @@ void tile_few(const TileArgs& t) {
       if (far) prefetch(Vecs<kVecs>(), w + t.prefetch_ahead, t.panel_stride);
       Vecs<kVecs> b;
       load(b, w, t.panel_stride);
+      if constexpr (kCount > 1) hold(b);
       step(sums, b, a);
     }
   }
@@ -215,7 +226,7 @@ void tile_few(const TileArgs& t) {
 // Few rows over whatever is left of the columns: 64, then 16 at a time.
 template <int kCount>
 void few(const TileArgs& t) {
-  constexpr bool kTwoSets = kCount <= 2;
+  constexpr bool kTwoSets = kCount <= 3;
   if (t.columns == kMaxTileColumns) return tile_few<kCount, 4, kTwoSets>(t);
   TileArgs part = t;
   for (int64_t n = 0; n < t.columns; n += kPanelColumns) {
