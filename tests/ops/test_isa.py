@@ -14,7 +14,7 @@ import torch
 from fastsparse import _C, ops
 from support import cpu_rows, forced, isa_levels, selected_level
 
-LEVELS = ["avx512", "avxvnni", "avx2", "scalar"]
+LEVELS = ["amx", "avx512", "avxvnni", "avx2", "scalar"]
 
 # The environment is read once a process, so each setting gets its own; torch, which takes seconds, is imported once for
 # all of them, before the fork. Importing fastsparse must work under every setting. Each call is tried twice: a bad
@@ -55,7 +55,7 @@ for setting in json.loads(sys.argv[1]):
 """
 
 EYE = [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
-UNKNOWN = "FASTSPARSE_ISA=sse9 is not a level; levels: scalar, avx2, avxvnni, avx512"
+UNKNOWN = "FASTSPARSE_ISA=sse9 is not a level; levels: scalar, avx2, avxvnni, avx512, amx"
 
 
 def absent_levels() -> list[str]:
@@ -116,7 +116,7 @@ def test_assumed_levels_count_as_available(under: dict[str, dict[str, Any]]) -> 
 def test_unknown_assumed_level_is_refused_at_every_call_and_not_at_import(under: dict[str, dict[str, Any]]) -> None:
     for call in ("mm", "linear", "isa", "selected", "available"):
         assert under["assumed unknown"][call].startswith("ValueError: ")
-        assert "sse9 is not a level; levels: scalar, avx2, avxvnni, avx512" in under["assumed unknown"][call]
+        assert "sse9 is not a level; levels: scalar, avx2, avxvnni, avx512, amx" in under["assumed unknown"][call]
 
 
 def test_table_has_a_row_for_every_cpu_and_selects_the_best() -> None:
@@ -150,7 +150,7 @@ def test_set_isa_refuses_what_is_not_a_level(name: str) -> None:
     before = _C.isa()
     with pytest.raises(ValueError) as caught:
         _C.set_isa(name)
-    assert str(caught.value) == f"isa={name} is not a level; levels: scalar, avx2, avxvnni, avx512"
+    assert str(caught.value) == f"isa={name} is not a level; levels: scalar, avx2, avxvnni, avx512, amx"
     assert _C.isa() == before
 
 
