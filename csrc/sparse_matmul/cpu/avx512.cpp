@@ -69,6 +69,54 @@ void panel8(const PanelArgs& a) {
   }
 }
 
+// out[j * out_stride + i] = in[i * in_stride + j], 16 x 16: whole lines are read and written.
+inline void transpose16x16(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  __m512 a[16], b[16];
+  const auto low = [](__m512 x, __m512 y) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  const auto high = [](__m512 x, __m512 y) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + i * in_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  // a[4 * g + j]: in its quarter q column 4 * q + j of rows 4 * g to 4 * g + 3
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = low(b[i], b[i + 2]);
+    a[i + 1] = high(b[i], b[i + 2]);
+    a[i + 2] = low(b[i + 1], b[i + 3]);
+    a[i + 3] = high(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even_top = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88),
+                 odd_top = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
+    const __m512 even_bottom = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512 odd_bottom = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+    _mm512_storeu_ps(out + j * out_stride, _mm512_shuffle_f32x4(even_top, even_bottom, 0x88));
+    _mm512_storeu_ps(out + (4 + j) * out_stride, _mm512_shuffle_f32x4(odd_top, odd_bottom, 0x88));
+    _mm512_storeu_ps(out + (8 + j) * out_stride, _mm512_shuffle_f32x4(even_top, even_bottom, 0xdd));
+    _mm512_storeu_ps(out + (12 + j) * out_stride, _mm512_shuffle_f32x4(odd_top, odd_bottom, 0xdd));
+  }
+}
+
+void transpose_wide(const TransposeArgs& t) {
+  const int64_t rows = t.rows & ~15, columns = t.columns & ~15;
+  for (int64_t r = 0; r < rows; r += 16)
+    for (int64_t c = 0; c < columns; c += 16)
+      transpose16x16(t.in + r * t.in_stride + c, t.in_stride, t.out + c * t.out_stride + r, t.out_stride);
+  if (columns < t.columns)
+    transpose({t.in + columns, t.in_stride, rows, t.columns - columns, t.out + columns * t.out_stride, t.out_stride});
+  if (rows < t.rows)
+    transpose({t.in + rows * t.in_stride, t.in_stride, t.rows - rows, t.columns, t.out + rows, t.out_stride});
+}
+
 void panel(const PanelArgs& a) {
   switch (a.lanes) {
     case 8: return panel8(a);
@@ -81,4 +129,4 @@ void panel(const PanelArgs& a) {
 }  // namespace
 
 const Kernels fs::sparse_matmul::kAvx512 = {
-    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panel, &transpose, &finish};
+    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panel, &transpose_wide, &finish};
