@@ -134,6 +134,7 @@ struct Kernels {
 extern const Kernels kScalar;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
+extern const Kernels kAvxVnni;
 extern const Kernels kAvx512;
 extern const Kernels kAmx;
 #endif

@@ -13,9 +13,10 @@ namespace {
 
 constexpr const Kernels* kRows[] = {
 #if defined(__x86_64__)
-    &kAmx,     // Sapphire Rapids and later Xeons
-    &kAvx512,  // Cascade Lake, Ice Lake, Sapphire Rapids, Zen 4
-    &kAvx2,    // Haswell to Comet Lake, Alder Lake, Zen 1 to 3
+    &kAmx,      // Sapphire Rapids and later Xeons
+    &kAvx512,   // Cascade Lake, Ice Lake, Sapphire Rapids, Zen 4
+    &kAvxVnni,  // Alder Lake and later client cores
+    &kAvx2,     // Haswell to Comet Lake, Zen 1 to 3
 #endif
     &kScalar,
 };
