@@ -62,6 +62,11 @@ int64_t chunk_rows(const Kernels& kernels, int64_t m, int64_t k) {
   return (rows + kernels.row_step - 1) / kernels.row_step * kernels.row_step;
 }
 
+int64_t packed_columns(int64_t k) {
+  const int64_t fit = isa::l2_bytes() / 2 / std::max<int64_t>(k, 1);
+  return std::max<int64_t>(fit / kMaxTileColumns, 1) * kMaxTileColumns;
+}
+
 bool split_rows(int64_t m, int64_t n, int64_t k) { return m >= 128 || (m >= 16 && n * k < (int64_t{1} << 20)); }
 
 int64_t prefetch_ahead(int64_t n, int64_t k) { return n * k > isa::l2_bytes() ? 1024 : 0; }

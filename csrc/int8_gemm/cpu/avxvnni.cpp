@@ -29,6 +29,7 @@ struct Panel {
 }  // namespace
 
 #include "elementwise.inl"
+#include "pack_avx.inl"
 
 namespace {
 
@@ -305,5 +306,6 @@ const Kernels fs::int8_gemm::kAvxVnni = {"avxvnni",
                                          &widen,
                                          &tile,
                                          &epilogue,
+                                         &pack,
                                          nullptr,
                                          nullptr};
