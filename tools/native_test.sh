@@ -18,6 +18,9 @@ avx2="-mavx2 -mfma -mf16c"
 compile "csrc/$family/cpu/scalar.cpp" -fno-exceptions
 # shellcheck disable=SC2086
 compile "csrc/$family/cpu/avx2.cpp" -fno-exceptions $avx2
+avxvnni="csrc/$family/cpu/avxvnni.cpp"
+# shellcheck disable=SC2086
+[ ! -e "$avxvnni" ] || compile "$avxvnni" -fno-exceptions $avx2 -mavxvnni
 # shellcheck disable=SC2086
 compile "csrc/$family/cpu/avx512.cpp" -fno-exceptions $avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni
 amx="csrc/$family/cpu/amx.cpp"

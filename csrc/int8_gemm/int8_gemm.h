@@ -74,6 +74,17 @@ struct WidenArgs {
   int64_t block_stride;
 };
 
+// Whole cells of vnni16 (formats/vnni16.h) from a B that comes unpacked, [k, columns] with element (i, j) at
+// i * stride_k + j * stride_n, one of the strides being 1.
+struct PackArgs {
+  const int8_t* b;
+  int64_t stride_k, stride_n;
+  int64_t k, columns;    // multiples of 4 and 16
+  int8_t* cells;         // of the first panel; written
+  int64_t panel_stride;  // bytes between panels
+  int32_t* column_sum;   // [columns]: added to
+};
+
 // acc[r * kMaxTileColumns + j] = -offset * column_sum[j] + sum_k A(r, k) * W(j, k), for r < rows, j < columns.
 // With offset = panel_offset + zero_point this is the sum over (x_q - zero_point): the compensation costs nothing.
 struct TileArgs {
@@ -124,6 +135,7 @@ struct Kernels {
   void (*widen)(const WidenArgs&);
   void (*tile)(const TileArgs&);
   void (*epilogue)(const EpilogueArgs&);
+  void (*pack)(const PackArgs&);  // null: no faster than plain loops
   // Before and after the tiles of a chunk, on the thread that runs them; null: nothing to do. enter() may write what
   // the sums of n columns start from, long before a tile reads it.
   void (*enter)(const int32_t* column_sum, int64_t n, int32_t offset, int32_t* start);
@@ -134,6 +146,7 @@ struct Kernels {
 extern const Kernels kScalar;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
+extern const Kernels kAvxVnni;
 extern const Kernels kAvx512;
 extern const Kernels kAmx;
 #endif

@@ -13,9 +13,10 @@ namespace {
 
 constexpr const Kernels* kRows[] = {
 #if defined(__x86_64__)
-    &kAmx,     // Sapphire Rapids and later Xeons
-    &kAvx512,  // Cascade Lake, Ice Lake, Sapphire Rapids, Zen 4
-    &kAvx2,    // Haswell to Comet Lake, Alder Lake, Zen 1 to 3
+    &kAmx,      // Sapphire Rapids and later Xeons
+    &kAvx512,   // Cascade Lake, Ice Lake, Sapphire Rapids, Zen 4
+    &kAvxVnni,  // Alder Lake and later client cores
+    &kAvx2,     // Haswell to Comet Lake, Zen 1 to 3
 #endif
     &kScalar,
 };
@@ -59,6 +60,11 @@ int64_t chunk_rows(const Kernels& kernels, int64_t m, int64_t k) {
   const int64_t chunks = (m + tallest - 1) / tallest;
   const int64_t rows = (m + chunks - 1) / chunks;
   return (rows + kernels.row_step - 1) / kernels.row_step * kernels.row_step;
+}
+
+int64_t packed_columns(int64_t k) {
+  const int64_t fit = isa::l2_bytes() / 2 / std::max<int64_t>(k, 1);
+  return std::max<int64_t>(fit / kMaxTileColumns, 1) * kMaxTileColumns;
 }
 
 bool split_rows(int64_t m, int64_t n, int64_t k) { return m >= 128 || (m >= 16 && n * k < (int64_t{1} << 20)); }

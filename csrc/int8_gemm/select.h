@@ -29,6 +29,9 @@ inline int64_t columns_for(const Kernels& k, int64_t rows) {
 // Rows of x that are quantized and multiplied at a time: the A panel must stay in L2 beside two column panels.
 int64_t chunk_rows(const Kernels& kernels, int64_t m, int64_t k);
 
+// Columns of an unpacked B that int8_mm packs at a time: half of L2.
+int64_t packed_columns(int64_t k);
+
 // True: threads share the rows; false: they share the columns and each quantizes all of x.
 bool split_rows(int64_t m, int64_t n, int64_t k);
 

@@ -26,7 +26,9 @@ inline AlignedBytes allocate_aligned(size_t bytes) {
   return AlignedBytes(new (std::align_val_t{kCacheLine}) uint8_t[bytes]);
 }
 
-// At least `bytes` of this thread's scratch, aligned to 64; valid until the thread asks again.
+// At least `bytes` of this thread's scratch, aligned to 64; valid until the thread asks for the same slot again. What a
+// caller hands to all threads of a parallel_for lies in slot 1: it runs parts itself, and they use slot 0.
+template <int kSlot = 0>
 inline uint8_t* scratch(size_t bytes) {
   thread_local AlignedBytes buffer;
   thread_local size_t size = 0;

@@ -60,6 +60,30 @@ def _int8_linear(device: torch.device) -> Case:
                 yield what, _error(got.cpu(), expected) / tolerance
 
 
+def _int8_chain(device: torch.device) -> Case:
+    """Codes in, a residual, codes out; the codes of y are those of its float32 value, or wrong."""
+    generator = torch.Generator().manual_seed(3)
+    for i, (m, k, n) in enumerate(_SHAPES):
+        weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
+        scale = torch.rand(n, generator=generator) * 0.01 + 0.001
+        bias = torch.randn(n, generator=generator)
+        x = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)
+        x_scale = torch.rand(m, 1, generator=generator) * 0.03 if i % 2 else torch.tensor(0.03)
+        on_device = x.to(device), ops.pack(weight).to(device), scale.to(device), bias.to(device)
+        given_scale = x_scale.to(device) if i % 2 else x_scale
+        for (dtype, tolerance), activation in itertools.product(_TOLERANCE.items(), _ACTIVATIONS):
+            residual = torch.randn(m, n, generator=generator).to(dtype)
+            rest = activation, given_scale, i - 4, residual.to(device)
+            got = ops.int8_linear(*on_device, *rest, dtype=dtype).cpu()
+            expected = reference.int8_linear(x, weight, scale, bias, activation, x_scale, i - 4, residual)
+            what = f"int8_linear M={m} N={n} K={k} int8 x, residual {str(dtype).removeprefix('torch.')} {activation}"
+            yield what, _error(got, expected) / tolerance
+            codes = ops.int8_linear(*on_device, *rest, 0.05, 3 - i, dtype=dtype).cpu()
+            y = ops.int8_linear(*on_device, *rest[:3], residual.float().to(device)).cpu()
+            wanted = reference.quantize(y, torch.tensor(0.05), torch.tensor(3 - i, dtype=torch.int32))
+            yield f"{what} int8 y", 0.0 if torch.equal(codes, wanted) else float("inf")
+
+
 # (rows, classes): round the group of 16 lanes and the chunk of 1024, and beyond what a row keeps of its exponentials
 _LOGITS = [(1, 1), (3, 5), (2, 16), (2, 17), (5, 1000), (3, 1025), (1, 262149), (0, 7)]
 
@@ -166,7 +190,7 @@ def _qdq(device: torch.device) -> Case:
 _SPARSE_TOLERANCE = 1e-5
 
 CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
-    ("int8_gemm", "cpu"): [_int8_mm, _int8_linear],
+    ("int8_gemm", "cpu"): [_int8_mm, _int8_linear, _int8_chain],
     ("int8_gemm", "cuda"): [_int8_linear],
     ("qdq", "cpu"): [_qdq],
     ("qdq", "cuda"): [_qdq],

@@ -7,6 +7,7 @@ this function with one conversion, and any number can compete for the same layer
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,14 @@ class Conversion:
         """The new layer, on the CPU, for a layer on the CPU with finite weights that will see so many rows of x."""
         raise NotImplementedError  # every conversion says so itself
 
+    def batches_wanted(self) -> int:
+        """Of how many batches of data the largest |x| of each layer is wanted: `build_for_range` is called then."""
+        return 0
+
+    def build_for_range(self, linear: nn.Linear, rows: int | None, largest: float) -> nn.Module:
+        """In the place of `build`; `largest` is finite."""
+        raise NotImplementedError  # where batches_wanted() is not 0
+
 
 @dataclass
 class _Layer:
@@ -70,6 +79,7 @@ class _Layer:
     module: nn.Linear
     names: list[str]
     seen: list[select.Seen] = field(default_factory=list)
+    largest: float | None = None  # of |x|, where a conversion asked for it
     reason: str | None = None  # why it can't or shan't be converted at all
     reasons: dict[str, str] = field(default_factory=dict)  # by conversion: why not by this one
     built: dict[str, nn.Module] = field(default_factory=dict)
@@ -104,9 +114,9 @@ def convert_(
 
     Args:
         model: any module; float32, bfloat16 or float16 linear layers are considered.
-        conversions: `Int8Dynamic(...)`, `Sparse(...)`; one of each kind at most.
+        conversions: `Int8Dynamic(...)`, `Int8Static(...)`, `Sparse(...)`; one of each kind at most.
         data: a tensor, a tuple or mapping of the model's inputs, or an iterable of these (a DataLoader), of which the
-            first is used: its batch size is the one that the choice holds for.
+            first is used: its batch size is the one that the choice holds for. `Int8Static` looks at more of them.
         rows: in the place of data: each layer is timed with so many rows of x.
         measure: seconds for one `select.Candidate`; the default is the real clock.
         where: the name under which errors are reported.
@@ -124,9 +134,15 @@ def convert_(
     _check(model, conversions, data, rows, where)
     measured = all(conversion.measure for conversion in conversions)
     layers = _find_layers(model, conversions)
-    batch = None if data is None else select.first_batch(data)
+    observed = max(conversion.batches_wanted() for conversion in conversions)
+    batches = [] if data is None else select.batches(data, max(1, observed))
+    batch = batches[0] if batches else None
     if batch is not None:
         seen = select.record(model, *batch, [layer.module for layer in layers])
+        if observed > 0:
+            largest = select.largest_inputs(model, batches, [layer.module for layer in layers])
+            for layer in layers:
+                layer.largest = largest.get(layer.module)
         for layer in layers:
             layer.seen = seen.get(layer.module, [])
             if layer.reason is None and measured:
@@ -300,7 +316,14 @@ def _build(layer: _Layer, conversion: Conversion) -> None:
     """Packs the weight, and tries the layer once: a device without a kernel shows here."""
     linear, device = layer.module, layer.module.weight.device
     source = linear if device.type == "cpu" else copy.deepcopy(linear).cpu()  # packs are made on the CPU
-    replacement = conversion.build(source, layer.rows).to(device)
+    if conversion.batches_wanted() > 0:
+        if layer.largest is None or not math.isfinite(layer.largest):
+            why = "not reached by data" if layer.largest is None else "it saw a NaN or an infinity"
+            layer.reasons[conversion.name] = f"{why}, so its input has no range"
+            return
+        replacement = conversion.build_for_range(source, layer.rows, layer.largest).to(device)
+    else:
+        replacement = conversion.build(source, layer.rows).to(device)
     try:
         with torch.no_grad():
             replacement(torch.zeros(1, linear.in_features, dtype=linear.weight.dtype, device=device))

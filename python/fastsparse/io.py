@@ -322,7 +322,8 @@ def _build(file: _File, name: str, config: Any) -> PackedLinear:
     class_ = _CLASSES[got]
     arguments = {key: value for key, value in config.items() if key != "class"}
     keys = ["activation", "bias", "in_features", "out_features"]
-    if sorted(arguments) != keys or type(arguments["bias"]) is not bool:
+    required = sorted(key for key in arguments if key not in class_.optional_config)
+    if required != keys or type(arguments["bias"]) is not bool:
         raise file.error(f"{what} must have {', '.join(keys)} (bias true or false), got {_short(config)}")
     try:
         with torch.device("meta"):  # its tensors are those of the file

@@ -7,6 +7,7 @@ decides. The decision is a pure function of the seconds, so that a test (or a ma
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import statistics
 import time
@@ -255,6 +256,34 @@ def record(
     }
 
 
+def largest_inputs(
+    model: nn.Module, batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], layers: Collection[nn.Module]
+) -> dict[nn.Module, float]:
+    """The largest |x| that each of `layers` sees over all batches; NaN where one was among them.
+
+    The model runs as for `record`. Layers that saw no input, or only empty ones, are missing.
+    """
+    found: dict[nn.Module, Tensor] = {}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        for value in (*inputs, *keywords.values()):
+            if isinstance(value, Tensor) and value.numel() > 0:
+                largest = value.detach().abs().amax().float()
+                found[module] = torch.maximum(found[module], largest) if module in found else largest
+                return
+
+    handles = []
+    try:
+        for layer in layers:
+            handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
+        for args, kwargs in batches:
+            run(model, args, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: float(largest) for layer, largest in found.items()}
+
+
 def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`model(*args, **kwargs)` in evaluation mode, without gradients, and with nothing in the model changed by it."""
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -298,6 +327,14 @@ def first_batch(data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise ValueError(
         f"data: must be a tensor, a tuple or mapping of inputs, or an iterable of these, got {type(data).__name__}"
     )
+
+
+def batches(data: Any, most: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """As `first_batch`, but up to `most` batches where `data` is an iterable of them."""
+    if isinstance(data, (Tensor, tuple, Mapping, str, bytes)) or not isinstance(data, Iterable):
+        return [first_batch(data)]
+    found = [first_batch(batch) for batch in itertools.islice(data, most)]
+    return found or [first_batch(data)]
 
 
 def make_inputs(seen: Sequence[Seen]) -> list[tuple[Tensor, int]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
 
+import fastsparse
 from fastsparse import ops, reference
 from fastsparse.nn import Int8Linear
 from fastsparse.nn.int8_linear import quantize_weight
@@ -478,3 +480,179 @@ def test_load_state_dict_names_missing_and_unexpected():
 def test_repr():
     _, module = layers(activation="gelu")
     assert repr(module) == "Int8Linear(in_features=101, out_features=37, bias=True, activation='gelu')"
+
+
+# ---- static: one scale and zero point for x, for y ----
+
+STATIC = [
+    {"x_scale": 0.031},
+    {"x_scale": 0.031, "x_zero_point": -7},
+    {"y_scale": 0.02, "y_zero_point": 100},
+    {"x_scale": 0.031, "x_zero_point": 3, "y_scale": 0.5},
+]
+
+
+def static_layer(values, activation="gelu"):
+    torch.manual_seed(0)
+    return Int8Linear.from_linear(nn.Linear(101, 37), activation, **values)
+
+
+@pytest.mark.parametrize("values", STATIC)
+def test_static_is_the_op_with_these_values(values):
+    module, x, residual = static_layer(values), torch.randn(5, 101), torch.randn(5, 37)
+    for more in ({}, {"residual": residual}):
+        with torch.no_grad():
+            wanted = ops.int8_linear(
+                x, module.weight, module.weight_scale, module.bias, module.activation, **values, **more
+            )
+            assert torch.equal(module(x, **more), wanted)
+        assert wanted.dtype == (torch.int8 if "y_scale" in values else torch.float32)
+    assert module(x).requires_grad == ("y_scale" not in values)
+    if "x_scale" in values:
+        zero_point = torch.tensor(values.get("x_zero_point", 0), dtype=torch.int32)
+        assert torch.equal(module(ops.quantize(x, torch.tensor(values["x_scale"]), zero_point)), module(x))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "state_dict", "fastsparse", "assign"])
+@pytest.mark.parametrize("values", STATIC)
+def test_static_values_go_where_the_layer_goes(values, how, tmp_path):
+    module, x = static_layer(values), torch.randn(5, 101)
+    names = [
+        name for side in ("x", "y") if f"{side}_scale" in values for name in (f"{side}_scale", f"{side}_zero_point")
+    ]
+    assert [name for name in module.state_dict() if name.startswith(("x_", "y_"))] == names
+    if how in ("state_dict", "assign"):
+        with torch.device("meta" if how == "assign" else "cpu"):
+            other = Int8Linear(**module.config())
+        other.load_state_dict(module.state_dict(), assign=how == "assign")
+    elif how == "fastsparse":
+        fastsparse.save(nn.Sequential(module), tmp_path / "model.safetensors")
+        (other,) = fastsparse.load(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(101, 37)))
+        # Into a layer that has other values of its own, too.
+        again = nn.Sequential(static_layer({name: 1.5 for name in values if name.endswith("scale")}))
+        fastsparse.load(tmp_path / "model.safetensors", again)
+        assert torch.equal(again(x), module(x))
+    else:
+        other = copied_by(how, module)
+    assert torch.equal(other(x), module(x))
+    assert other.config() == module.config()
+    for name in names:
+        assert getattr(other, name).dtype == getattr(module, name).dtype
+        assert getattr(other, name) == pytest.approx(values.get(name, 0))
+        assert getattr(other, name) is not getattr(module, name)
+
+
+def test_static_values_keep_their_dtype_and_stay_on_the_cpu():
+    module = static_layer(STATIC[3])
+    x = torch.randn(5, 101)
+    wanted = module(x)
+    assert torch.equal(module.half()(x), wanted)
+    moved = copy.deepcopy(module).to("meta")
+    assert moved.weight.is_meta
+    assert moved.x_scale == module.x_scale
+    assert module.to_empty(device="cpu").y_scale == 0.5
+
+
+def test_dynamic_layers_have_no_static_state():
+    module = static_layer({})
+    assert list(module.state_dict()) == ["bias", "weight", "weight_scale"]
+    assert list(module.config()) == ["in_features", "out_features", "bias", "activation"]
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*x_scale"):
+        module.load_state_dict(static_layer(STATIC[0]).state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*y_scale"):
+        static_layer(STATIC[3]).load_state_dict(static_layer(STATIC[0]).state_dict())
+
+
+def chain():
+    """Three layers that hand on int8, and their scales and zero points from x to the last layer's x."""
+    torch.manual_seed(3)
+    codes = [(0.03, -5), (0.011, -128), (0.02, 9), (None, None)]
+    layers = []
+    for (k, n, activation), (xs, xz), (ys, yz) in zip(
+        [(40, 96, "relu"), (96, 67, "gelu"), (67, 10, None)], codes, codes[1:], strict=False
+    ):
+        layers.append(Int8Linear.from_linear(nn.Linear(k, n), activation, xs, xz, ys, yz))
+    return nn.Sequential(*layers), codes
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 200])
+def test_a_chain_is_its_layers_with_fake_quantization_between(rows):
+    model, codes = chain()
+    between = []
+    for layer in model:
+        layer.register_forward_pre_hook(lambda _, args: between.append(args[0].dtype))
+    x = torch.randn(2, rows, 40)
+    for given in (x, x.bfloat16(), ops.quantize(x, torch.tensor(0.03), torch.tensor(-5, dtype=torch.int32))):
+        between.clear()
+        with torch.no_grad():
+            got = model(given)
+        assert between == [given.dtype, torch.int8, torch.int8]
+        assert got.dtype == torch.float32
+        y = given
+        for layer, (scale, zero_point) in zip(model, codes[1:], strict=False):
+            y = ops.int8_linear(
+                y, layer.weight, layer.weight_scale, layer.bias, layer.activation, layer.x_scale, layer.x_zero_point,
+                dtype=torch.float32,
+            ).detach()  # fmt: skip
+            if scale is not None:
+                y = ops.fake_quantize(y, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32))
+        assert torch.equal(got, y)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_a_chain_compiles(backend):
+    torch._dynamo.reset()
+    model, _ = chain()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for x in (torch.randn(6, 40), torch.randint(-128, 128, (6, 40), dtype=torch.int8)):
+        with torch.no_grad():
+            assert torch.equal(compiled(x), model(x))
+    compiled(torch.randn(6, 40)).sum().backward()
+    wanted = copy.deepcopy(model)
+    wanted(torch.randn(6, 40)).sum().backward()
+    assert torch.equal(model[2].bias.grad, wanted[2].bias.grad)
+
+
+def test_a_chain_under_autocast():
+    model, _ = chain()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(3, 40)).dtype == torch.bfloat16
+        assert model[0](torch.randn(3, 40), torch.randn(3, 96)).dtype == torch.int8
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"x_zero_point": 3}, "x_zero_point needs x_scale, got 3"),
+        ({"y_zero_point": 3}, "y_zero_point needs y_scale, got 3"),
+        ({"x_scale": 0.0}, "x_scale must be a finite float, at least 1.2e-38, got 0.0"),
+        ({"x_scale": float("nan")}, "x_scale must be a finite float, at least 1.2e-38, got nan"),
+        ({"y_scale": float("inf")}, "y_scale must be a finite float, at least 1.2e-38, got inf"),
+        ({"y_scale": "1"}, "y_scale must be a finite float, at least 1.2e-38, got '1'"),
+        ({"x_scale": 1.0, "x_zero_point": 128}, "x_zero_point must be an int in [-128, 127], got 128"),
+        ({"y_scale": 1.0, "y_zero_point": 1.0}, "y_zero_point must be an int in [-128, 127], got 1.0"),
+    ],
+)
+def test_bad_static_values(values, message):
+    with pytest.raises(ValueError, match=re.escape("Int8Linear.from_linear: " + message)):
+        static_layer(values)
+
+
+def test_bad_static_state_is_refused():
+    with pytest.raises(ValueError, match="at most 65793 in_features beside an x_zero_point"):
+        Int8Linear.from_linear(nn.Linear(65794, 1), None, 0.1, 1)
+    with pytest.raises(ValueError, match="static_x must be True or False, got 1"):
+        Int8Linear(2, 2, static_x=1)
+    module = static_layer(STATIC[3])
+    before = tensors(module)
+    for name, value, message in [
+        ("x_scale", torch.tensor(0.0), "x_scale must be finite and at least 1.2e-38, got 0.0"),
+        ("y_scale", torch.tensor(float("nan")), "y_scale must be finite and at least 1.2e-38, got nan"),
+        ("y_scale", torch.ones(1), "y_scale must be float32 [] with a value, got float32 [1]"),
+        ("y_scale", torch.ones((), dtype=torch.float64), "y_scale must be float32 [] with a value, got float64 []"),
+        ("x_zero_point", torch.tensor(128, dtype=torch.int32), "x_zero_point must be in [-128, 127], got 128"),
+        ("x_zero_point", torch.tensor(1), "x_zero_point must be int32 [] with a value, got int64 []"),
+    ]:
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            module.load_state_dict(module.state_dict() | {name: value})
+        assert unchanged(module, before)

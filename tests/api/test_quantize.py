@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from fastsparse.nn import Int8Linear
-from fastsparse.quantize import Int8Dynamic, quantize_
+from fastsparse.quantize import Int8Dynamic, Int8Static, quantize_
 from fastsparse.select import Candidate
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
@@ -472,7 +472,7 @@ def test_an_interrupt_passes_through() -> None:
     ("model", "config", "message"),
     [
         ("model", Int8Dynamic(), "model must be an nn.Module, got str"),
-        (nn.Linear(2, 2), "int8", "config must be an Int8Dynamic, got str"),
+        (nn.Linear(2, 2), "int8", "config must be an Int8Dynamic or an Int8Static, got str"),
         (torch.jit.ScriptModule(), Int8Dynamic(), "got a ScriptModule"),
     ],
 )
@@ -493,3 +493,55 @@ def test_arguments_of_other_types(model: Any, config: Any, message: str) -> None
 def test_configurations_that_make_no_sense(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Int8Dynamic(**arguments)
+
+
+# ---- Int8Static: ranges from the data ----
+
+
+def static_wins(candidate: Candidate) -> float:
+    return 1e-6 if candidate.implementation == "int8 static" else 4e-6
+
+
+def test_static_scales_are_the_largest_inputs_over_127() -> None:
+    model = mlp().train()
+    batches = [[torch.randn(3, 16) * scale, torch.zeros(3)] for scale in (1.0, 9.0, 2.0, 50.0)]
+    inputs = [batch[0] for batch in batches[:3]]
+    with torch.no_grad():
+        largest = [max(x.abs().max() for x in inputs), max(model[0](x).relu().max() for x in inputs)]
+    report = quantize_(model, Int8Static(batches=3), batches, measure=static_wins)
+    assert [row["chosen"] for row in report.rows] == ["int8 static"] * 2
+    for layer, size in zip((model[0], model[2]), largest, strict=True):
+        assert isinstance(layer, Int8Linear)
+        assert layer.static_x
+        assert not layer.static_y
+        assert layer.x_scale.item() == pytest.approx(size.item() / 127)
+        assert layer.x_zero_point == 0
+    assert model.training
+
+
+def test_static_from_one_batch_and_from_an_iterator() -> None:
+    for data in (X, (X,), iter([X]), {"input": X}):
+        model = mlp()
+        quantize_(model, Int8Static(), data, measure=static_wins)
+        assert model[0].x_scale.item() == pytest.approx(X.abs().max().item() / 127)
+
+
+def test_static_without_a_range_stays_dense() -> None:
+    for data, why in ((torch.full((2, 16), math.inf), "it saw a NaN or an infinity"), (X * math.nan, "it saw a NaN")):
+        model = mlp()
+        before = Untouched(model)
+        report = quantize_(model, Int8Static(), data, measure=static_wins)
+        assert all(why in row["why"] for row in report.rows)
+        before.check()
+    model = mlp()
+    report = quantize_(model, Int8Static(measure=False))
+    assert all("not reached by data, so its input has no range" in row["why"] for row in report.rows)
+    model = mlp()
+    quantize_(model, Int8Static(measure=False), torch.zeros(3, 16))
+    assert model[0].x_scale == 1.0
+
+
+@pytest.mark.parametrize("batches", [0, -1, 2.0, True])
+def test_static_wants_batches(batches: Any) -> None:
+    with pytest.raises(ValueError, match="Int8Static: batches must be an int of at least 1"):
+        Int8Static(batches=batches)

@@ -59,11 +59,26 @@ void check_linear(const std::vector<const Kernels*>& rows) {
   const int64_t k = pick({0, 1, 3, 4, 5, 63, 64, 65, 127, 260, 511, 513, 1023, 1024, 1029, 2051});
   const int64_t stride = k + pick({0, 0, 3});
   LinearArgs a{};
+  a.x_codes = uniform(0, 3) == 0;
   a.dtype = static_cast<DType>(uniform(0, 2));
-  const size_t size = a.dtype == DType::f32 ? 4 : 2;
-  Guarded x(static_cast<size_t>(m * stride) * size, 0xff);  // 0xffff.. is a NaN in each of the three types
+  a.y_dtype = static_cast<DType>(uniform(0, 2));
+  a.requantize = uniform(0, 2) == 0;
+  const auto bytes_of = [](DType type) { return static_cast<size_t>(type == DType::f32 ? 4 : 2); };
+  const size_t x_size = a.x_codes ? 1 : bytes_of(a.dtype), y_float_size = bytes_of(a.y_dtype);
+  const size_t y_size = a.requantize ? 1 : y_float_size;
+  Guarded x(static_cast<size_t>(m * stride) * x_size, 0xff);  // 0xffff.. is a NaN in each of the three types
   const int kind = static_cast<int>(uniform(0, 3));
-  for (int64_t r = 0; r < m; ++r) fill_x(x.data() + static_cast<size_t>(r * stride) * size, a.dtype, k, kind);
+  for (int64_t r = 0; r < m; ++r) {
+    uint8_t* row = x.data() + static_cast<size_t>(r * stride) * x_size;
+    if (!a.x_codes) fill_x(row, a.dtype, k, kind);
+    for (int64_t i = 0; a.x_codes && i < k; ++i) row[i] = static_cast<uint8_t>(uniform(0, 255));
+  }
+  const int64_t residual_stride = n + pick({0, 0, 5});
+  Guarded residual(static_cast<size_t>(m * residual_stride) * y_float_size, 0xff);
+  for (int64_t r = 0; r < m; ++r)
+    fill_x(residual.data() + static_cast<size_t>(r * residual_stride) * y_float_size, a.y_dtype, n, kind);
+  Guarded row_scales(static_cast<size_t>(m) * 4, 0xff);
+  fill_x(row_scales.data(), DType::f32, m, kind);
   std::vector<int8_t> weight(static_cast<size_t>(n * k));
   const bool extreme = uniform(0, 3) == 0;
   for (int8_t& w : weight) w = static_cast<int8_t>(extreme ? -128 : uniform(-128, 127));
@@ -87,26 +102,34 @@ void check_linear(const std::vector<const Kernels*>& rows) {
   a.dynamic = uniform(0, 2) != 0;
   a.x_scale = 0.037f;
   a.x_zero_point = static_cast<int32_t>(uniform(-128, 127));
+  if (a.x_codes) a.dynamic = false;
+  if (a.x_codes && uniform(0, 1)) a.x_scales = reinterpret_cast<float*>(row_scales.data());
+  if (uniform(0, 1)) a.residual = residual.data();
+  a.residual_stride = residual_stride;
+  a.y_scale = 0.7f;
+  a.y_zero_point = static_cast<int32_t>(uniform(-128, 127));
   std::vector<uint8_t> expected;
   for (const Kernels* row : rows) {  // scalar first
-    Guarded y(static_cast<size_t>(m * n) * size, 0x5a);
+    Guarded y(static_cast<size_t>(m * n) * y_size, 0x5a);
     a.y = y.data();
     linear(*row, a);
     const std::string what = "int8_linear " + shape(m, n, k) + " dtype " + std::to_string(static_cast<int>(a.dtype)) +
-                             " activation " + std::to_string(static_cast<int>(a.activation)) +
-                             (a.dynamic ? " dynamic" : " static") + " x kind " + std::to_string(kind);
+                             (a.x_codes ? " codes" : "") + " y " + std::to_string(static_cast<int>(a.y_dtype)) +
+                             (a.requantize ? " requantized" : "") + (a.residual ? " residual" : "") + " activation " +
+                             std::to_string(static_cast<int>(a.activation)) + (a.dynamic ? " dynamic" : " static") +
+                             " x kind " + std::to_string(kind);
     if (!y.margins_intact()) fail(*row, what + ": wrote outside y");
     std::vector<uint8_t> got(y.data(), y.data() + y.bytes);
     // The bits of a NaN are no result: all NaNs are made one before the comparison.
-    for (size_t i = 0; i < got.size(); i += size) {
-      if (size == 4) {
+    for (size_t i = 0; y_size > 1 && i < got.size(); i += y_size) {
+      if (y_size == 4) {
         float f;
         std::memcpy(&f, &got[i], 4);
         if (f != f) std::memset(&got[i], 0xff, 4);
       } else {
         uint16_t h;
         std::memcpy(&h, &got[i], 2);
-        if ((h & 0x7fff) > (a.dtype == DType::bf16 ? 0x7f80 : 0x7c00)) std::memset(&got[i], 0xff, 2);
+        if ((h & 0x7fff) > (a.y_dtype == DType::bf16 ? 0x7f80 : 0x7c00)) std::memset(&got[i], 0xff, 2);
       }
     }
     if (row == rows.front())

@@ -760,12 +760,22 @@ def test_many_python_threads_at_once() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_warm_calls_allocate_no_scratch(count: int) -> None:
+@pytest.mark.parametrize("isa", isa_levels())
+def test_warm_calls_allocate_no_scratch(isa: str, count: int) -> None:
     calls = []
     for m, n, k in [(1, 64, 64), (64, 64, 600), SPLIT_ROWS[0], SPLIT_COLUMNS[0], (300, 96, 700)]:
         x, pack, weight_scale = torch.randn(m, k), ops.pack(s8(n, k)), torch.rand(n)
-        calls.append(lambda x=x, pack=pack, s=weight_scale: ops.int8_linear(x, pack, s, None, "gelu"))
-    with threads(count):
+        codes, residual, a, b = s8(m, k), torch.randn(m, n), s8(m, k), s8(k, n)
+        w = b.t().contiguous()
+        calls += [
+            lambda x=x, pack=pack, s=weight_scale: ops.int8_linear(x, pack, s, None, "gelu"),
+            lambda x=codes, pack=pack, s=weight_scale, r=residual: ops.int8_linear(
+                x, pack, s, None, None, 0.1, 3, r, 0.1, 3
+            ),
+            lambda a=a, b=b: ops.int8_mm(a, b),
+            lambda a=a, w=w: ops.int8_mm(a, w.t()),
+        ]
+    with forced(isa), threads(count):
         for call in calls * 2:
             call()
         before = _C.scratch_allocations()

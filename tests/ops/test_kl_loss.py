@@ -568,3 +568,18 @@ def test_losses_are_of_the_right_size() -> None:
     assert float(kl) == 0
     assert float(ce) == pytest.approx(math.log(5))
     assert float(loss) == pytest.approx(math.log(5) / 2)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_warm_calls_allocate_no_scratch(count: int) -> None:
+    pairs = [logits(700, 33), logits(5, 3000), logits(64, 1000)]
+    with threads(count):
+        for _ in range(2):
+            for student, teacher in pairs:
+                with_gradient(ops.kl_div, student, teacher)
+        before = _C.scratch_allocations()
+        for _ in range(5):
+            for student, teacher in pairs:
+                with_gradient(ops.kl_div, student, teacher)
+                ops.kl_div(student, teacher)
+        assert _C.scratch_allocations() == before

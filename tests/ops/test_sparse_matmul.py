@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from fastsparse import ops, reference
+from fastsparse import _C, ops, reference
 from tests.support import forced, guarded, isa_levels, same_bits, strided, threads
 
 FORMATS = ("bitmap32", "sell16", "panels128")
@@ -456,3 +456,17 @@ def test_other_devices_are_refused() -> None:
         ops.sparse_linear(X, PACK, torch.empty(19, device=meta))
     with pytest.raises(ValueError, match="out_features must be given"):
         ops.sparse_linear(X.to(meta), PACK.to(meta))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("format", FORMATS)
+def test_warm_calls_allocate_no_scratch(format: str, count: int) -> None:
+    pack = ops.pack(sparse(300, 260), format)
+    inputs = [torch.randn(m, 260) for m in (1, 3, 17, 130)]
+    with threads(count):
+        for x in inputs * 2:
+            ops.sparse_linear(x, pack)
+        before = _C.scratch_allocations()
+        for x in inputs * 5:
+            ops.sparse_linear(x, pack)
+        assert _C.scratch_allocations() == before

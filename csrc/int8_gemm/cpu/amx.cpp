@@ -153,9 +153,11 @@ void tile(const TileArgs& t) {
 void quantize(const QuantizeArgs& a) { kAvx512.quantize(a); }
 void widen(const WidenArgs& a) { kAvx512.widen(a); }
 void epilogue(const EpilogueArgs& a) { kAvx512.epilogue(a); }
+void pack(const PackArgs& a) { kAvx512.pack(a); }
 
 }  // namespace
 
 const Kernels fs::int8_gemm::kAmx = {
     "amx",           fs::isa::Level::amx, fs::isa::kLevelAmx, 1,      128,   2 * kTileRows, kTileRows, kTileRows,
-    kMaxTileColumns, 2 * kPanelColumns,   &quantize,          &widen, &tile, &epilogue,     &enter,    &leave};
+    kMaxTileColumns, 2 * kPanelColumns,   &quantize,          &widen, &tile, &epilogue,     &pack,     &enter,
+    &leave};

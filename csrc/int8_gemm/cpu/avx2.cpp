@@ -34,6 +34,7 @@ struct Panel {
 }  // namespace
 
 #include "elementwise.inl"
+#include "pack_avx.inl"
 
 namespace {
 
@@ -177,5 +178,6 @@ const Kernels fs::int8_gemm::kAvx2 = {"avx2",
                                       &widen,
                                       &tile,
                                       &epilogue,
+                                      &pack,
                                       nullptr,
                                       nullptr};

@@ -27,6 +27,7 @@ struct Panel {
 }  // namespace
 
 #include "elementwise.inl"
+#include "pack_avx.inl"
 
 namespace {
 
@@ -279,5 +280,6 @@ const Kernels fs::int8_gemm::kAvx512 = {"avx512",
                                         &widen,
                                         &tile,
                                         &epilogue,
+                                        &pack,
                                         nullptr,
                                         nullptr};

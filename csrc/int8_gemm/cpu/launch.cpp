@@ -30,17 +30,20 @@ struct ChunkScratch {
   int32_t* acc;
   int32_t* start;
 
-  ChunkScratch(const Kernels& kernels, int64_t rows, int64_t k, int64_t columns) {
+  uint8_t* rest;  // `extra` bytes, at a multiple of 64
+
+  ChunkScratch(const Kernels& kernels, int64_t rows, int64_t k, int64_t columns, int64_t extra = 0) {
     const int64_t blocks = std::max<int64_t>(ceil_div(vnni16::padded_k(k) * kernels.panel_bytes, kBlockBytes), 1);
     block_stride = round_up(rows, kernels.row_step) * kRowStride;
     const int64_t panel_bytes = round_up(blocks * block_stride, 64);
     const int64_t scale_bytes = round_up(rows * static_cast<int64_t>(sizeof(float)), 64);
     const int64_t acc_bytes = kMaxTileRows * kMaxTileColumns * static_cast<int64_t>(sizeof(int32_t));
     const int64_t start_bytes = kernels.enter == nullptr ? 0 : round_up(columns, kPanelColumns) * 4;
-    panel = scratch(static_cast<size_t>(panel_bytes + scale_bytes + acc_bytes + start_bytes));
+    panel = scratch(static_cast<size_t>(panel_bytes + scale_bytes + acc_bytes + start_bytes + extra));
     scale = reinterpret_cast<float*>(panel + panel_bytes);
     acc = reinterpret_cast<int32_t*>(panel + panel_bytes + scale_bytes);
     start = reinterpret_cast<int32_t*>(panel + panel_bytes + scale_bytes + acc_bytes);
+    rest = panel + panel_bytes + scale_bytes + acc_bytes + start_bytes;
   }
 };
 
@@ -86,12 +89,12 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
   if (kernels.leave != nullptr) kernels.leave();
 }
 
-// Calls body(row_begin, row_end, n_begin, n_end) for parts of [0, m) x [0, n), one a thread.
+// Calls body(row_begin, row_end, n_begin, n_end) for parts of [0, m) x [0, n), one a thread: of rows, or of columns.
 template <class Body>
-void split(int64_t m, int64_t n, int64_t k, const Body& body) {
+void split(int64_t m, int64_t n, int64_t k, bool by_rows, const Body& body) {
   const int64_t threads = m * n * k < (int64_t{1} << 17) ? 1 : num_threads();  // 16x16 to 48x48: a region costs more
   if (threads <= 1) return body(0, m, 0, n);
-  if (split_rows(m, n, k)) {
+  if (by_rows) {
     const int64_t part = ceil_div(m, threads);
     parallel_for(ceil_div(m, part), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) body(i * part, std::min((i + 1) * part, m), 0, n);
@@ -115,63 +118,118 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
   const int64_t x_bytes = args.x_codes ? 1 : element_bytes(args.dtype);
   const int64_t residual_bytes = element_bytes(args.y_dtype);
   const int64_t y_bytes = args.requantize ? 1 : element_bytes(args.y_dtype);
-  split(args.m, args.n, args.k, [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
-    const int64_t chunk = chunk_rows(kernels, row_end - row_begin, args.k);
-    const ChunkScratch s(kernels, chunk, args.k, n_end - n_begin);
-    if (args.x_codes) std::fill_n(s.scale, chunk, args.x_scale);
-    for (int64_t m = row_begin; m < row_end; m += chunk) {
-      const int64_t rows = std::min(chunk, row_end - m);
-      const void* x = static_cast<const char*>(args.x) + m * args.x_stride * x_bytes;
-      if (args.x_codes)
-        kernels.widen({static_cast<const int8_t*>(x), args.x_stride, rows, args.k, s.panel, s.block_stride});
-      else
-        kernels.quantize({x, args.dtype, args.x_stride, rows, args.k, s.panel, s.block_stride, args.dynamic,
-                          args.x_scale, args.x_zero_point, s.scale});
-      const float* scale = args.x_scales == nullptr ? s.scale : args.x_scales + m;
-      for_each_tile(
-          kernels, s, rows, w, n_begin, n_end, offset, [&](int64_t row, int64_t tile_rows, int64_t n, int64_t columns) {
-            EpilogueArgs e;
-            e.acc = s.acc;
-            e.rows = tile_rows;
-            e.columns = columns;
-            e.x_scale = scale + row;
-            e.weight_scale = args.weight_scale + n;
-            e.bias = args.bias == nullptr ? nullptr : args.bias + n;
-            e.residual = args.residual == nullptr ? nullptr
-                                                  : static_cast<const char*>(args.residual) +
-                                                        ((m + row) * args.residual_stride + n) * residual_bytes;
-            e.residual_stride = args.residual_stride;
-            e.activation = args.activation;
-            e.y = static_cast<char*>(args.y) + ((m + row) * args.n + n) * y_bytes;
-            e.dtype = args.y_dtype;
-            e.y_stride = args.n;
-            e.requantize = args.requantize;
-            e.y_scale = args.y_scale;
-            e.y_zero_point = args.y_zero_point;
-            kernels.epilogue(e);
-          });
-    }
-  });
+  split(args.m, args.n, args.k, split_rows(args.m, args.n, args.k),
+        [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
+          const int64_t chunk = chunk_rows(kernels, row_end - row_begin, args.k);
+          const ChunkScratch s(kernels, chunk, args.k, n_end - n_begin);
+          if (args.x_codes) std::fill_n(s.scale, chunk, args.x_scale);
+          for (int64_t m = row_begin; m < row_end; m += chunk) {
+            const int64_t rows = std::min(chunk, row_end - m);
+            const void* x = static_cast<const char*>(args.x) + m * args.x_stride * x_bytes;
+            if (args.x_codes)
+              kernels.widen({static_cast<const int8_t*>(x), args.x_stride, rows, args.k, s.panel, s.block_stride});
+            else
+              kernels.quantize({x, args.dtype, args.x_stride, rows, args.k, s.panel, s.block_stride, args.dynamic,
+                                args.x_scale, args.x_zero_point, s.scale});
+            const float* scale = args.x_scales == nullptr ? s.scale : args.x_scales + m;
+            for_each_tile(kernels, s, rows, w, n_begin, n_end, offset,
+                          [&](int64_t row, int64_t tile_rows, int64_t n, int64_t columns) {
+                            EpilogueArgs e;
+                            e.acc = s.acc;
+                            e.rows = tile_rows;
+                            e.columns = columns;
+                            e.x_scale = scale + row;
+                            e.weight_scale = args.weight_scale + n;
+                            e.bias = args.bias == nullptr ? nullptr : args.bias + n;
+                            e.residual = args.residual == nullptr
+                                             ? nullptr
+                                             : static_cast<const char*>(args.residual) +
+                                                   ((m + row) * args.residual_stride + n) * residual_bytes;
+                            e.residual_stride = args.residual_stride;
+                            e.activation = args.activation;
+                            e.y = static_cast<char*>(args.y) + ((m + row) * args.n + n) * y_bytes;
+                            e.dtype = args.y_dtype;
+                            e.y_stride = args.n;
+                            e.requantize = args.requantize;
+                            e.y_scale = args.y_scale;
+                            e.y_zero_point = args.y_zero_point;
+                            kernels.epilogue(e);
+                          });
+          }
+        });
 }
+
+namespace {
+
+// Elements [k_begin, k) of columns [0, n) of b, one at a time, for what Kernels::pack does not take.
+void pack_plainly(const PackArgs& p, int64_t k_begin, int64_t k, int64_t n_begin, int64_t n) {
+  for (int64_t j = n_begin; j < n; ++j) {
+    int8_t* column = p.cells + j / kPanelColumns * p.panel_stride + j % kPanelColumns * kStepK;
+    for (int64_t i = k_begin; i < k; ++i) {
+      const int8_t value = p.b[i * p.stride_k + j * p.stride_n];
+      column[i / kStepK * kPanelColumns * kStepK + i % kStepK] = value;
+      p.column_sum[j] += value;
+    }
+  }
+}
+
+// Columns [n_begin, n_end) of B into panels and sums, padding included.
+void pack_columns(const Kernels& kernels, const MatmulArgs& args, int64_t n_begin, int64_t n_end, int8_t* cells,
+                  int32_t* column_sum) {
+  const int64_t columns = n_end - n_begin, padded = round_up(columns, kPanelColumns), k = args.k;
+  PackArgs p{args.b + n_begin * args.b_stride_n,
+             args.b_stride_k,
+             args.b_stride_n,
+             k / kStepK * kStepK,
+             columns / kPanelColumns * kPanelColumns,
+             cells,
+             kPanelColumns * vnni16::padded_k(k),
+             column_sum};
+  std::fill_n(column_sum, padded, 0);
+  if (kernels.pack == nullptr || (p.stride_k != 1 && p.stride_n != 1)) p.k = p.columns = 0;
+  // Padding lies in the last step of each panel, and in the last panel.
+  if (p.k < k)
+    for (int64_t panel = 0; panel < padded / kPanelColumns; ++panel)
+      std::memset(cells + panel * p.panel_stride + p.k * kPanelColumns, 0,
+                  static_cast<size_t>(p.panel_stride - p.k * kPanelColumns));
+  if (p.columns < columns)
+    std::memset(cells + p.columns / kPanelColumns * p.panel_stride, 0,
+                static_cast<size_t>((padded - p.columns) / kPanelColumns * p.panel_stride));
+  if (p.columns > 0) kernels.pack(p);
+  pack_plainly(p, p.k, k, 0, p.columns);
+  pack_plainly(p, 0, k, p.columns, columns);
+}
+
+}  // namespace
 
 void matmul(const Kernels& kernels, const MatmulArgs& args) {
   if (args.m == 0 || args.n == 0) return;
-  // B comes unpacked: packing it is a pass over K*N bytes beside the M*K*N of the product.
-  const AlignedBytes packed = allocate_aligned(static_cast<size_t>(vnni16::pack_bytes(args.n, args.k)));
-  vnni16::pack(args.b, args.b_stride_n, args.b_stride_k, args.n, args.k, packed.get());
-  const Weight w{vnni16::weights(packed.get()), vnni16::column_sums(packed.get(), args.n, args.k), args.n, args.k};
-  split(args.m, args.n, args.k, [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
+  const int64_t panel_stride = kPanelColumns * vnni16::padded_k(args.k);
+  // Columns, so that no part of B is packed twice, unless there are too few of them to share.
+  const bool by_rows = args.n < kMaxTileColumns * num_threads() && args.m > args.n;
+  split(args.m, args.n, args.k, by_rows, [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
+    // B comes unpacked: so many columns of it at a time are packed as stay in L2 while all rows meet them.
+    const int64_t block = std::min(packed_columns(args.k), round_up(n_end - n_begin, kPanelColumns));
+    const int64_t cell_bytes = block / kPanelColumns * panel_stride;
     const int64_t chunk = chunk_rows(kernels, row_end - row_begin, args.k);
-    const ChunkScratch s(kernels, chunk, args.k, n_end - n_begin);
-    for (int64_t m = row_begin; m < row_end; m += chunk) {
-      const int64_t rows = std::min(chunk, row_end - m);
-      kernels.widen({args.a + m * args.a_stride, args.a_stride, rows, args.k, s.panel, s.block_stride});
-      for_each_tile(kernels, s, rows, w, n_begin, n_end, kernels.panel_offset,
-                    [&](int64_t row, int64_t tile_rows, int64_t n, int64_t columns) {
-                      for (int64_t r = 0; r < tile_rows; ++r)
-                        std::memcpy(args.c + (m + row + r) * args.n + n, s.acc + r * kMaxTileColumns,
-                                    static_cast<size_t>(columns) * sizeof(int32_t));
-                    });
+    const ChunkScratch s(kernels, chunk, args.k, block, cell_bytes + block * 4);
+    auto* cells = reinterpret_cast<int8_t*>(s.rest);
+    auto* column_sum = reinterpret_cast<int32_t*>(s.rest + cell_bytes);
+    for (int64_t n0 = n_begin; n0 < n_end; n0 += block) {
+      const int64_t n1 = std::min(n0 + block, n_end);
+      pack_columns(kernels, args, n0, n1, cells, column_sum);
+      const Weight w{cells, column_sum, n1 - n0, args.k};
+      for (int64_t m = row_begin; m < row_end; m += chunk) {
+        const int64_t rows = std::min(chunk, row_end - m);
+        if (n0 == n_begin || chunk < row_end - row_begin)  // a single chunk stays widened
+          kernels.widen({args.a + m * args.a_stride, args.a_stride, rows, args.k, s.panel, s.block_stride});
+        for_each_tile(kernels, s, rows, w, 0, n1 - n0, kernels.panel_offset,
+                      [&](int64_t row, int64_t tile_rows, int64_t n, int64_t columns) {
+                        for (int64_t r = 0; r < tile_rows; ++r)
+                          std::memcpy(args.c + (m + row + r) * args.n + n0 + n, s.acc + r * kMaxTileColumns,
+                                      static_cast<size_t>(columns) * sizeof(int32_t));
+                      });
+      }
     }
   });
 }

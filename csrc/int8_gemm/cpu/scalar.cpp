@@ -62,4 +62,5 @@ const Kernels fs::int8_gemm::kScalar = {"scalar",
                                         &tile,
                                         &epilogue,
                                         nullptr,
+                                        nullptr,
                                         nullptr};

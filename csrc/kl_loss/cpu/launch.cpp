@@ -31,9 +31,8 @@ RowsArgs part(const RowsArgs& all, int64_t begin, int64_t end) {
 
 Sums loss(const Kernels& kernels, const LossArgs& args) {
   RowsArgs all = args.rows;
-  const AlignedBytes row_sums =
-      allocate_aligned(static_cast<size_t>(std::max<int64_t>(2 * all.rows, 1)) * sizeof(double));
-  all.kl = reinterpret_cast<double*>(row_sums.get());
+  all.kl =
+      reinterpret_cast<double*>(scratch<1>(static_cast<size_t>(std::max<int64_t>(2 * all.rows, 1)) * sizeof(double)));
   all.ce = all.kl + all.rows;
   all.stream = all.grad != nullptr && stream(all.rows * all.classes * grad_bytes(all.dtype));
   const int64_t threads = std::min(threads_for(all.rows * all.classes, num_threads()), all.rows);

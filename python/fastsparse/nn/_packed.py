@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ class PackedLinear(nn.Module):
     in_features: int
     out_features: int
     activation: str | None
+
+    cpu_buffers: ClassVar[tuple[str, ...]] = ()  # stay on the CPU wherever the layer goes: kernels read their values
+    optional_config: ClassVar[tuple[str, ...]] = ()  # what config() may hold beside its four
 
     def state_problems(self, state: dict[str, Any], prefix: str = "") -> list[str]:
         """What keeps the tensors of `state` under `prefix` from being this layer's; absent ones are not its matter."""
@@ -72,12 +75,20 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        for name in self.cpu_buffers:  # with assign=True they lie where the state does
+            value = self._buffers.get(name)
+            if value is not None:
+                self._buffers[name] = value.cpu()
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         # half(), to(dtype) and type(dtype) convert a whole model through here. The kernels take x in any float dtype
         # but scale and bias in float32 alone (they meet the sum in float32), and the pack is bytes. So only what
         # fn does to the device is taken over.
+        stay = [self._buffers.get(name) for name in self.cpu_buffers]
+
         def keep_dtype(tensor: Tensor) -> Tensor:
+            if any(tensor is each for each in stay):
+                return tensor
             applied = fn(tensor)
             return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
 

@@ -8,12 +8,12 @@ from torch import nn
 
 from fastsparse import select
 from fastsparse.convert import convert_
-from fastsparse.quantize.config import Int8Dynamic
+from fastsparse.quantize.config import Int8Dynamic, Int8Static
 from fastsparse.report import Report
 
 
 def quantize_(
-    model: nn.Module, config: Int8Dynamic, data: Any = None, *, measure: select.Measure | None = None
+    model: nn.Module, config: Int8Dynamic | Int8Static, data: Any = None, *, measure: select.Measure | None = None
 ) -> Report:
     """Converts `nn.Linear` layers to `nn.Int8Linear`, in place, where that was measured to be faster.
 
@@ -21,9 +21,9 @@ def quantize_(
 
     Args:
         model: any module; float32, bfloat16 or float16 linear layers are considered.
-        config: `Int8Dynamic(...)`.
+        config: `Int8Dynamic(...)` or `Int8Static(...)`.
         data: a tensor, a tuple or mapping of the model's inputs, or an iterable of these (a DataLoader), of which the
-            first is used: its batch size is the one that the choice holds for.
+            first is used: its batch size is the one that the choice holds for. `Int8Static` takes ranges from more.
         measure: seconds for one `select.Candidate`; the default is the real clock.
 
     Returns:
@@ -34,6 +34,6 @@ def quantize_(
         ValueError: no data to measure with, or a weight or bias that is not finite.
         RuntimeError: the converted model can't run on `data`.
     """
-    if not isinstance(config, Int8Dynamic):
-        raise TypeError(f"quantize_: config must be an Int8Dynamic, got {type(config).__name__}")
+    if not isinstance(config, (Int8Dynamic, Int8Static)):
+        raise TypeError(f"quantize_: config must be an Int8Dynamic or an Int8Static, got {type(config).__name__}")
     return convert_(model, [config], data, measure=measure, where="quantize_")

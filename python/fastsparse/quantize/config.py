@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from fastsparse.convert import Conversion
 from fastsparse.nn import Int8Linear
 from fastsparse.nn.int8_linear import MAX_K
+
+
+def _too_wide(linear: nn.Linear) -> str | None:
+    if linear.in_features > MAX_K:
+        return f"K={linear.in_features} is more than the {MAX_K} that are exact in int32"
+    return None
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,40 @@ class Int8Dynamic(Conversion):
     title: ClassVar[str] = "int8, dynamic per token"
 
     def why_not(self, linear: nn.Linear) -> str | None:
-        if linear.in_features > MAX_K:
-            return f"K={linear.in_features} is more than the {MAX_K} that are exact in int32"
-        return None
+        return _too_wide(linear)
 
     def build(self, linear: nn.Linear, rows: int | None) -> nn.Module:
         return Int8Linear.from_linear(linear)
+
+
+@dataclass(frozen=True)
+class Int8Static(Conversion):
+    """W8A8 with one fixed scale for each layer's input: the largest |x| that it saw in the data, over 127.
+
+    Symmetric; what lies beyond the range saturates. A layer that `data` did not reach, or that saw a NaN or an infinity
+    there, stays dense. Faster than dynamic by the pass over x that finds a row's scale, and less exact where rows
+    differ much. The other attributes are those of `convert.Conversion`.
+
+    Attributes:
+        batches: how many of the batches of `data` are looked at.
+    """
+
+    batches: int = 8
+
+    name: ClassVar[str] = "int8 static"
+    title: ClassVar[str] = "int8, static per layer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.batches) is not int or self.batches < 1:
+            raise ValueError(f"Int8Static: batches must be an int of at least 1, got {self.batches!r}")
+
+    def why_not(self, linear: nn.Linear) -> str | None:
+        return _too_wide(linear)
+
+    def batches_wanted(self) -> int:
+        return self.batches
+
+    def build_for_range(self, linear: nn.Linear, rows: int | None, largest: float) -> nn.Module:
+        scale = max(largest / 127, torch.finfo(torch.float32).tiny) if largest > 0 else 1.0
+        return Int8Linear.from_linear(linear, x_scale=scale)

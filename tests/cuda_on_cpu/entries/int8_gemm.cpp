@@ -27,6 +27,7 @@ FS_ENTRY const char* int8_gemm_linear(const void* x, int dtype, int64_t x_stride
     a.dynamic = dynamic != 0;
     a.x_scale = x_scale;
     a.x_zero_point = x_zero_point;
+    a.y_dtype = a.dtype;
     a.y = y;
     sm80::linear(a, scratch, nullptr);
   });
