@@ -39,6 +39,9 @@ class Device:
     def bank_conflicts(self) -> int:
         return 0  # not to be seen from here
 
+    def conflict_places(self) -> str:
+        return ""
+
     def place(self, tensor: Tensor | None, aligned: bool = False) -> Any:
         """A copy on the device with the same strides, at the offset in elements."""
         if tensor is None:

@@ -48,6 +48,7 @@ class StandIn:
         self.library.simt_initialised.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self.library.simt_bank_conflicts.restype = ctypes.c_int64
         self.library.simt_launches.restype = ctypes.c_char_p
+        self.library.simt_conflict_places.restype = ctypes.c_char_p
         self.offset = 0
         self.tally: dict[int, dict[str, Any]] = {}  # by the kernel's place in the library
 
@@ -69,8 +70,12 @@ class StandIn:
                 tally["seeds"].add(seed)
 
     def bank_conflicts(self) -> int:
-        """Extra passes over shared memory that ldmatrix needed since the last call."""
+        """Extra passes over shared memory since the last call: of all accesses in the race build, else of ldmatrix."""
         return self.library.simt_bank_conflicts()
+
+    def conflict_places(self) -> str:
+        """Where they were that bank_conflicts() counted last, in the race build."""
+        return self.library.simt_conflict_places().decode()
 
     def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
         """Device memory, not initialised: a kernel that reads it before it writes is found."""

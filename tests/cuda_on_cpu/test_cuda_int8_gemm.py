@@ -58,7 +58,7 @@ def test_linear(kernels: StandIn, dtype: torch.dtype, mode: str, seed: int) -> N
         arguments = (strided(x) if i % 3 == 1 else x, s8(n, k), weight_scale, bias, activation, scale, zero)
         with kernels.launches(seed, offset=i % 2):
             got = kernels.int8_linear(arguments[0], ops.pack(arguments[1]), *arguments[2:])
-            assert kernels.bank_conflicts() == 0
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
         assert_right(got, arguments, (m, n, k))
 
 
@@ -93,7 +93,7 @@ def test_a_whole_product(capsys: pytest.CaptureFixture[str]) -> None:
             begin = time.perf_counter()
             got = kernels.int8_linear(x, pack, scale)
             seconds = time.perf_counter() - begin
-            assert kernels.bank_conflicts() == 0
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
         assert same_bits(got, wanted)
         with capsys.disabled():
             print(f" int8_linear {m}x{n}x{k} {build}: {seconds:.2f} s", end="")

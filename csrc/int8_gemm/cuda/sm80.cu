@@ -14,6 +14,7 @@
 #include <stdexcept>
 
 #include "../../qdq/cuda/rows.h"
+#include "../../runtime/cuda/activate.h"
 #include "../../runtime/cuda/device.h"
 #include "../formats/vnni16.h"
 
@@ -152,15 +153,6 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* stage, int r
 #pragma unroll
       for (int n = 0; n < kN; ++n) ptx::mma_s8(sums.at[m][n], a, b[n]);
     }
-  }
-}
-
-__device__ __forceinline__ float activate(Activation activation, float y) {
-  switch (activation) {
-    case Activation::relu: return y < 0.0f ? 0.0f : y;
-    case Activation::gelu: return y * 0.5f * erfcf(-0.707106781f * y);
-    case Activation::silu: return y / (1.0f + expf(-y));
-    default: return y;
   }
 }
 
