@@ -251,23 +251,34 @@ class StandIn:
         activation: str | None = None,
         x_scale: Tensor | None = None,
         x_zero_point: Tensor | None = None,
+        residual: Tensor | None = None,
+        y_scale: float | None = None,
+        y_zero_point: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """As ops.int8_linear, for a matrix x."""
         m, k = x.shape
         n = len(weight_scale)
-        y = self.empty((m, n), x.dtype)
+        codes = x.dtype == torch.int8
+        floats = dtype or (torch.float32 if codes else x.dtype)
+        y = self.empty((m, n), torch.int8 if y_scale is not None else floats)
         self.library.int8_gemm_scratch_bytes.restype = ctypes.c_int64
         offset, self.offset = self.offset, 0  # torch's allocator aligns what ops.cpp asks for, and packs
         scratch = self.empty((self.library.int8_gemm_scratch_bytes(*map(ctypes.c_int64, (m, k))),), torch.uint8)
         weight = self.copy(pack)
         self.offset = offset
-        stride = x.stride(0) if k else 0
-        scale = 1.0 if x_scale is None else float(x_scale)
+        per_row = codes and x_scale is not None and x_scale.dim() == 2
+        scale = 1.0 if x_scale is None or per_row else float(x_scale)
         zero = 0 if x_zero_point is None else int(x_zero_point)
-        parameters = [self.copy(weight_scale), self.copy(bias), _ACTIVATIONS[activation], int(x_scale is None)]
-        there = self.strided_copy(x)
         self.call(
-            "int8_gemm_linear", there, _FLOATS[x.dtype], stride, m, n, k, weight, *parameters, scale, zero, y, scratch
+            "int8_gemm_linear",
+            *(self.strided_copy(x), -1 if codes else _FLOATS[x.dtype], x.stride(0) if k else 0, m, n, k),
+            *(weight, self.copy(weight_scale), self.copy(bias), _ACTIVATIONS[activation]),
+            *(int(x_scale is None), scale, zero, self.copy(x_scale) if per_row else None),
+            None if residual is None else self.strided_copy(residual),
+            0 if residual is None or n == 0 else residual.stride(0),
+            *(_FLOATS[floats], int(y_scale is not None), 1.0 if y_scale is None else float(y_scale), y_zero_point),
+            *(y, scratch),
         )
         return y.clone()
 

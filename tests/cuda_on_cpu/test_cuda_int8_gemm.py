@@ -16,8 +16,12 @@ from fastsparse import ops
 from ops.test_int8_gemm import ACTIVATIONS, DTYPES, MODES, awkward_rows, linear_interval, quantization, s8
 from support import same_bits, strided
 
-# Off every tile: rows 16, 32, 128; columns 8, 16, 128; k 4, 32, 64 and the ring of 4 stages.
+# Off every tile: rows 8, 16, 32, 128; columns 4, 8, 16, 32, 128; k 4, 8, 32, 64, 128, a turn of all warps (1024) and the
+# ring of 4 stages.
 SHAPES = [
+    (8, 33, 1029),
+    (9, 48, 2120),
+    (16, 65, 140),
     (1, 1, 1),
     (1, 130, 64),
     (3, 17, 5),
@@ -60,6 +64,40 @@ def test_linear(kernels: StandIn, dtype: torch.dtype, mode: str, seed: int) -> N
             got = kernels.int8_linear(arguments[0], ops.pack(arguments[1]), *arguments[2:])
             assert kernels.bank_conflicts() == 0, kernels.conflict_places()
         assert_right(got, arguments, (m, n, k))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chained(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
+    """Codes as x, a residual, codes as y: the CPU's bits."""
+    for i, (m, n, k) in enumerate([*SHAPES, (5, 32, 64), (34, 36, 48), (17, 128, 80)]):
+        per_row = i % 2 == 0
+        x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+        x = strided(x) if i % 3 == 1 else x
+        x_scale = torch.rand(m, 1) + 0.1 if per_row else torch.tensor([0.37])
+        if per_row and m > 1:
+            x_scale[1] = math.nan
+        weight, weight_scale = s8(n, k), torch.rand(n) * 1e-3
+        bias = torch.randn(n) * 5 if i % 2 else None
+        residual = torch.randn(m, n).mul(5).to(dtype) if i % 4 < 3 else None
+        residual = strided(residual) if residual is not None and i % 4 == 1 else residual
+        y_scale, y_zero = (0.11, i - 7) if (i + seed) % 3 else (None, 0)
+        last = [residual, y_scale, y_zero, dtype]
+        zero = torch.tensor([i % 5 - 2], dtype=torch.int32)
+        arguments = [weight_scale, bias, ("relu", None)[i % 2], x_scale, zero]
+        wanted = ops.int8_linear(x, ops.pack(weight), *arguments, residual, y_scale, y_zero if y_scale else None, dtype)
+        with kernels.launches(seed, offset=(i + seed) % 2):
+            got = kernels.int8_linear(x, ops.pack(weight), *arguments, *last)
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
+        assert same_bits(got, wanted), (m, n, k)
+
+
+def test_float_in_codes_out(kernels: StandIn) -> None:
+    for m in (3, 20, 40):
+        x, weight, scale = torch.randn(m, 70), s8(21, 70), torch.rand(21) * 1e-2
+        with kernels.launches():
+            got = kernels.int8_linear(x, ops.pack(weight), scale, None, "relu", y_scale=0.05, y_zero_point=-128)
+        assert same_bits(got, ops.int8_linear(x, ops.pack(weight), scale, None, "relu", None, None, None, 0.05, -128))
 
 
 @pytest.mark.parametrize("fill", [(-128, -128), (-128, 127), (127, 127)])

@@ -60,6 +60,15 @@ __device__ __forceinline__ void store16(void* p, uint4 v) {
   *static_cast<uint4*>(p) = v;
 }
 
+// 8 bytes, p at a multiple of 8.
+__device__ __forceinline__ void store8(void* p, uint2 v) {
+#if defined(FS_SIMT)
+  simt::check_alignment(p, 8, "ptx::store8");
+#endif
+  FS_WHOLE(v);
+  *static_cast<uint2*>(p) = v;
+}
+
 // For what nobody reads soon: first to leave the caches.
 __device__ __forceinline__ void store16_stream(void* p, uint4 v) {
 #if defined(FS_SIMT)
