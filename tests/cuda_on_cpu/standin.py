@@ -282,6 +282,37 @@ class StandIn:
         )
         return y.clone()
 
+    def u4_pack(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, group: int) -> Tensor:
+        """A pack in host memory: codes [N, K], scale f16 and zero_point u8 [N, groups]; without those codes are s8."""
+        n, k = codes.shape
+        self.library.int8_gemm_u4_bytes.restype = ctypes.c_int64
+        sizes = map(ctypes.c_int64, (n, k, group, zero_point is not None))
+        pack = torch.empty(self.library.int8_gemm_u4_bytes(*sizes), dtype=torch.uint8)
+        self.call("int8_gemm_u4_pack", n, k, group, codes, scale, zero_point, pack)
+        return pack
+
+    def weight_only_linear(
+        self,
+        x: Tensor,
+        pack: Tensor,
+        out_features: int,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        weight_scale: Tensor | None = None,
+    ) -> Tensor:
+        """As ops.weight_only_linear, for a matrix x."""
+        m, k = x.shape
+        y = self.empty((m, out_features), x.dtype)
+        self.library.int8_gemm_weight_only_scratch_bytes.restype = ctypes.c_int64
+        offset, self.offset = self.offset, 0  # torch's allocator aligns what ops.cpp asks for, and packs
+        size = self.library.int8_gemm_weight_only_scratch_bytes(*map(ctypes.c_int64, (m, k)))
+        scratch, weight = self.empty((size,), torch.uint8), self.copy(pack)
+        self.offset = offset
+        there, stride = self.strided_copy(x), x.stride(0) if k else 0
+        parameters = [weight, self.copy(weight_scale), self.copy(bias), _ACTIVATIONS[activation], y, scratch]
+        self.call("int8_gemm_weight_only", there, _FLOATS[x.dtype], stride, m, out_features, k, *parameters)
+        return y.clone()
+
     # --- sparse_matmul -----------------------------------------------------------------------------------------------
 
     def sparse_linear(

@@ -16,8 +16,8 @@ from fastsparse import ops
 from ops.test_int8_gemm import ACTIVATIONS, DTYPES, MODES, awkward_rows, linear_interval, quantization, s8
 from support import same_bits, strided
 
-# Off every tile: rows 8, 16, 32, 128; columns 4, 8, 16, 32, 128; k 4, 8, 32, 64, 128, a turn of all warps (1024) and the
-# ring of 4 stages.
+# Off every tile: rows 8, 16, 32, 128; columns 4, 8, 16, 32, 128; k 4, 8, 32, 64, 128, a turn of all warps (1024), and
+# the ring of 4 stages.
 SHAPES = [
     (8, 33, 1029),
     (9, 48, 2120),
