@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
+from pathlib import Path
 
+import builds
 import pytest
 import standin
 import torch
-from standin import SEEDS, StandIn
+from standin import SEEDS, Finding, StandIn
 from torch import Tensor
 
 from fastsparse import ops
@@ -135,3 +138,45 @@ def test_a_whole_product(capsys: pytest.CaptureFixture[str]) -> None:
         assert same_bits(got, wanted)
         with capsys.disabled():
             print(f" int8_linear {m}x{n}x{k} {build}: {seconds:.2f} s", end="")
+
+
+# --- Defects planted in copies of the kernels: the tests above would see them ----------------------------------------
+
+SOURCE = builds.ROOT / "csrc/int8_gemm/cuda/sm80.cu"
+CONFLICTS = "bank conflicts"
+# what is wrong: (right, wrong, rows of x, what the race build says)
+DEFECTS = {
+    "sums over a stage that others still read": (
+        "__syncthreads();  // nobody reads a stage any more, and",
+        "// nobody reads a stage any more, and",
+        40,
+        r"race: .*sm80\.cu:\d+",
+    ),
+    "sums of warps added before all are there": (
+        "store_sums(sums, rows[warp]);\n  __syncthreads();",
+        "store_sums(sums, rows[warp]);",
+        9,
+        r"(race|uninitialised): .*sm80\.cu:\d+",
+    ),
+    "rows of sums without their padding": ("kPitch = 136", "kPitch = 128", 40, CONFLICTS),
+}
+
+
+@pytest.mark.skipif("CUDA_ON_CPU_BUILDS" in os.environ, reason="race, in the process without sanitizers")
+@pytest.mark.parametrize("name", DEFECTS)
+def test_planted_defects_are_caught(name: str, tmp_path: Path) -> None:
+    right, wrong, m, expected = DEFECTS[name]
+    text = SOURCE.read_text()
+    assert text.count(right) == 1, f"{right!r} must stand in {SOURCE.name} once"
+    kernels = StandIn("race", builds.variant("race", SOURCE, text.replace(right, wrong), tmp_path))
+    x, weight, scale = torch.randn(m, 260), s8(130, 260), torch.rand(130)
+    report = ""
+    try:
+        with kernels.launches():
+            kernels.int8_linear(x, ops.pack(weight), scale)
+            if kernels.bank_conflicts() > 0:
+                report = f"{CONFLICTS}: {kernels.conflict_places()}"
+    except Finding as finding:
+        report = str(finding)
+    assert re.search(expected, report), report or "nothing was found"
+    assert "csrc/int8_gemm/cuda/sm80.cu:" in report

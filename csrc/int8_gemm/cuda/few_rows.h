@@ -90,18 +90,24 @@ __device__ __forceinline__ Codes<kTiles> codes_of(const int8_t* codes, int64_t m
   return c;
 }
 
-// The loads of a turn, done before the products of the turn before it.
-template <class Weights, int kTiles>
+// The weights of a turn: loaded before the products of the turn before it, for they come from DRAM. Codes come from L2,
+// and are loaded in the turn that needs them, before the weights of the next: registers for two blocks an SM are left.
+template <class Weights>
 struct Turn {
   Words weights[kTurnSteps][Weights::kLoads];
+
+  __device__ __forceinline__ void load(const Weights& w, int turn) {
+#pragma unroll
+    for (int i = 0; i < kTurnSteps; ++i) w.load(turn * kTurnSteps + i, weights[i]);
+  }
+};
+template <int kTiles>
+struct TurnCodes {
   uint2 codes[kTurnSteps][kTiles];
 
-  __device__ __forceinline__ void load(const Weights& w, const Codes<kTiles>& c, int turn) {
+  __device__ __forceinline__ void load(const Codes<kTiles>& c, int turn) {
 #pragma unroll
-    for (int i = 0; i < kTurnSteps; ++i) {
-      w.load(turn * kTurnSteps + i, weights[i]);
-      c.load(turn * kTurnSteps + i, codes[i]);
-    }
+    for (int i = 0; i < kTurnSteps; ++i) c.load(turn * kTurnSteps + i, codes[i]);
   }
 };
 
@@ -112,7 +118,7 @@ struct FewSums {
 };
 
 template <class Weights, int kTiles>
-__device__ __forceinline__ void multiply_step(const Turn<Weights, kTiles>& turn, int step,
+__device__ __forceinline__ void multiply_step(const Turn<Weights>& turn, const TurnCodes<kTiles>& codes, int step,
                                               FewSums<int32_t, kTiles>& sums) {
 #pragma unroll
   for (int set = 0; set < 2; ++set) {
@@ -120,7 +126,7 @@ __device__ __forceinline__ void multiply_step(const Turn<Weights, kTiles>& turn,
     Weights::operand(turn.weights[step], set, a);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const uint32_t b[2] = {turn.codes[step][i].x, turn.codes[step][i].y};
+      const uint32_t b[2] = {codes.codes[step][i].x, codes.codes[step][i].y};
       ptx::mma_s8(sums.at[i][set], a, b);
     }
   }

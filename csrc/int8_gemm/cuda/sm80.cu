@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 2) multiply(Operands o, Epilogue e) 
 
 // Up to 8 * kTiles rows x kFewColumns of C. Turns of kTurnK go round the warps; integers can be added in any order.
 template <int kTiles>
-__global__ void __launch_bounds__(kThreads) multiply_few(Operands o, Epilogue e) {
+__global__ void __launch_bounds__(kThreads, 2) multiply_few(Operands o, Epilogue e) {
   FS_SHARED(int32_t, rows, [kWarps][8 * kTiles][kFewPitch]);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t panel = int64_t{blockIdx.x} * (kFewColumns / 16) + lane / 16;
@@ -226,13 +226,15 @@ __global__ void __launch_bounds__(kThreads) multiply_few(Operands o, Epilogue e)
   const Codes<kTiles> codes = codes_of<kTiles>(o.codes, o.m, o.row_stride, o.code_bytes);
   const int turns = (o.steps * kStageK + kTurnK - 1) / kTurnK;
   FewSums<int32_t, kTiles> sums{};
-  Turn<S8Weights, kTiles> next;
-  if (warp < turns) next.load(weights, codes, warp);
+  Turn<S8Weights> next;
+  if (warp < turns) next.load(weights, warp);
   for (int turn = warp; turn < turns; turn += kWarps) {
-    const Turn<S8Weights, kTiles> now = next;
-    if (turn + kWarps < turns) next.load(weights, codes, turn + kWarps);
+    const Turn<S8Weights> now = next;
+    TurnCodes<kTiles> x;
+    x.load(codes, turn);
+    if (turn + kWarps < turns) next.load(weights, turn + kWarps);
 #pragma unroll
-    for (int step = 0; step < kTurnSteps; ++step) multiply_step(now, step, sums);
+    for (int step = 0; step < kTurnSteps; ++step) multiply_step(now, x, step, sums);
   }
   store_sums(sums, rows[warp]);
   __syncthreads();

@@ -170,18 +170,20 @@ template <int kSteps, class Weights, class Scales, int kTiles>
 __device__ __forceinline__ void add_turns(const Weights& weights, const Scales& scales, const Rows<kTiles>& rows,
                                           int64_t k, FewSums<float, kTiles>& total) {
   const int warp = static_cast<int>(threadIdx.x) / 32, turns = static_cast<int>(padded(k) / kTurnK);
-  Turn<Weights, kTiles> next;
-  if (warp < turns) next.load(weights, rows.codes, warp);
+  Turn<Weights> next;
+  if (warp < turns) next.load(weights, warp);
   for (int turn = warp; turn < turns; turn += kWarps) {
-    const Turn<Weights, kTiles> now = next;
-    if (turn + kWarps < turns) next.load(weights, rows.codes, turn + kWarps);
+    const Turn<Weights> now = next;
+    TurnCodes<kTiles> x;
+    x.load(rows.codes, turn);
+    if (turn + kWarps < turns) next.load(weights, turn + kWarps);
 #pragma unroll
     for (int i = 0; i < kTurnSteps; i += kSteps) {
       const int64_t g = (int64_t{turn} * kTurnSteps + i) / kSteps;
       if (g >= rows.groups) break;  // alike in all lanes
       FewSums<int32_t, kTiles> sums{};
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) multiply_step(now, i + step, sums);
+      for (int step = 0; step < kSteps; ++step) multiply_step(now, x, i + step, sums);
       add_group(sums, scales, rows, g, total);
     }
   }
@@ -223,8 +225,9 @@ __device__ __forceinline__ void add_s8(const Task& t, const Rows<kTiles>& rows, 
   add_turns<kTurnSteps>(weights, scales, rows, t.k, total);
 }
 
+// Two blocks an SM, but for 16 rows of s8: 9 registers would be spilled.
 template <bool kU4, int kTiles>
-__global__ void __launch_bounds__(kThreads) multiply_groups(Task t) {
+__global__ void __launch_bounds__(kThreads, kU4 || kTiles == 1 ? 2 : 1) multiply_groups(Task t) {
   FS_SHARED(float, sums, [kWarps][8 * kTiles][kFewPitch]);
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t row0 = int64_t{blockIdx.x} * 8 * kTiles;
