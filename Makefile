@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 FAMILY ?= int8_gemm
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-asan native gpu-check bench check lint format clean
+.PHONY: help demo test test-asan test-cuda-build native gpu-check bench check lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       set up .venv, build, run the main job on real data'
 	@echo 'make test       set up .venv, build, run all tests'
 	@echo 'make test-asan  the tests of the kernels under address and undefined sanitizers'
+	@echo 'make test-cuda-build  builds with CUDA kernels (needs nvcc, no GPU) and tries that it loads and runs on the CPU'
 	@echo 'make native     the torch-free tests of the kernels: every level of this CPU, bit for bit'
 	@echo 'make gpu-check  on a machine with a GPU: build, test, sanitize and time the CUDA kernels there'
 	@echo 'make bench      measure a family against its peers: make bench FAMILY=int8_gemm'
@@ -28,6 +29,9 @@ test: $(VENV)/.built
 
 test-asan: $(VENV)/.built
 	tools/test_asan.sh
+
+test-cuda-build: $(VENV)/.built
+	tools/test_cuda_build.sh
 
 native:
 	tools/require.sh $(PYTHON)
@@ -55,7 +59,7 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'bench/*.cpp' 'tests/native/*.cpp' 'tests/cuda_on_cpu/*.h' 'tests/cuda_on_cpu/*.cpp' 'tests/cuda_on_cpu/*.cu')
 
 clean:
-	rm -rf $(VENV) .venv-asan build
+	rm -rf $(VENV) .venv-asan .venv-cuda build
 
 # torch is pinned in one place and installed first, alone: a later open range could pull another build of it.
 $(VENV)/.torch: requirements/torch.txt requirements/build.txt tools/require.sh

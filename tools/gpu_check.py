@@ -245,7 +245,7 @@ def ops(device: str) -> Iterator[Op]:
         yield Op(
             "int8_gemm",
             f"int8_linear {m}x{n}x{k} bf16",
-            ("multiply", "quantize_rows"),
+            ("multiply_few" if m <= 16 else "multiply", "quantize_rows"),
             # Few rows are bound by the weights' bytes, so these rotate too.
             sets(
                 lambda m=m, pack=pack: (random(m, k, dtype=torch.bfloat16), pack.clone()),
@@ -261,6 +261,31 @@ def ops(device: str) -> Iterator[Op]:
             n * k if few else 2 * m * n * k,
             "copy" if few else "int8",
         )
+
+    # A layer inside a chain: codes in, residual added, codes out.
+    m = 64 if small else 2048
+    codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    chained, w, scale = fs.pack(codes).to(device), codes.to(device), torch.rand(n, device=device)
+
+    def chain_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randint(-128, 128, (m, k), dtype=torch.int8, device=device), random(m, n, dtype=torch.bfloat16)
+
+    def eager_chain(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        y = torch._int_mm(x, w.t()).float() * 0.02 * scale + residual
+        return (y.relu() / 0.05).round().clamp(-128, 127).to(torch.int8)
+
+    yield Op(
+        "int8_gemm",
+        f"int8_linear {m}x{n}x{k} int8 to int8, residual, relu",
+        ("multiply",),
+        sets(
+            chain_inputs,
+            lambda x, r: fs.int8_linear(x, chained, scale, None, "relu", 0.02, None, r, 0.05, None, torch.bfloat16),
+        ),
+        {"_int_mm + eager epilogue": sets(chain_inputs, eager_chain)},
+        2 * m * n * k,
+        "int8",
+    )
 
     rows, columns = (64, 64) if small else (8192, 4096)
     size = rows * columns

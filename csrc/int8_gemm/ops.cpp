@@ -242,8 +242,6 @@ Tensor linear_cuda(Tensor x, Tensor weight, Tensor weight_scale, MaybeTensor bia
   check_proven(kLinear, sm80::kName, sm80::kProven);
   const CheckedLinear c = check_linear(
       {x, weight, weight_scale, bias, activation, x_scale, x_zero_point, residual, y_scale, y_zero_point, dtype});
-  if (c.args.x_codes || c.args.residual != nullptr || c.args.requantize || c.args.y_dtype != c.args.dtype)
-    throw std::runtime_error("int8_linear: an int8 x, residual, y_scale and dtype have no CUDA kernel yet");
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(x.get_device_index()));
   Tensor scratch = empty(x, std::array{sm80::scratch_bytes(c.args.m, c.args.k)}.data(), 1, ScalarType::Byte);
   sm80::linear(c.args, static_cast<uint8_t*>(scratch.mutable_data_ptr()), current_cuda_stream(x));

@@ -44,7 +44,7 @@ std::vector<KernelInfo> kernel_infos() {
            "x" + std::to_string(row.few_columns);
   });
 #if defined(FASTSPARSE_WITH_CUDA)
-  infos.push_back({"", sm80::kName, "cuda", "32x128, 128x128", true, true, sm80::kProven});
+  infos.push_back({"", sm80::kName, "cuda", "8x32, 16x32, 32x128, 128x128", true, true, sm80::kProven});
 #endif
   return infos;
 }

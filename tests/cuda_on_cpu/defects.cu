@@ -97,14 +97,22 @@ __global__ void sums(const int* in, int* out, int n, const int* host) {
 // Within a warp: what one lane writes another reads.
 template <int kDefect>
 __global__ void reversed(const int* in, int* out) {
-  FS_SHARED(int, words, [32]);
+  FS_SHARED(int, words, [32 * 32]);
   const int lane = static_cast<int>(threadIdx.x);
-  words[lane] = in[lane];  // <21>
+  if constexpr (kDefect == 24) {  // 16 bytes of every 32: a quarter of the warp meets in half of the banks
+    FS_SHARED(uint4, wide, [64]);
+    fs::ptx::store16(&wide[2 * lane], make_uint4(static_cast<unsigned>(in[lane]), 0, 0, 0));
+    __syncwarp();
+    out[lane] = static_cast<int>(fs::ptx::load16(&wide[2 * (31 - lane)]).x);
+    return;
+  }
+  constexpr int kStride = kDefect == 23 ? 32 : 1;  // 23: a column of a tile that is not padded
+  words[kStride * lane] = in[lane];                // <21>
   if constexpr (kDefect == 21)
     __ballot_sync(kAll, 1);  // orders no memory
   else
     __syncwarp();
-  out[lane] = words[31 - lane];  // <21>
+  out[lane] = words[kStride * (31 - lane)];  // <21>
 }
 
 // --- 2. out = in, through a ring of stages filled by cp.async
@@ -149,11 +157,11 @@ __global__ void ring_copy(const int* in, int* out, int n) {
     // Read what another thread fetched, so that the barrier matters.
     const int other = (thread + 32) % kThreads;
     const unsigned char* stage = memory + step % kStages * kStageBytes;
-    const int4 v = *reinterpret_cast<const int4*>(stage + 16 * other);  // <35> <36> <37> <38> <39> <40>
-    const int words[4] = {v.x, v.y, v.z, v.w};
+    const uint4 v = fs::ptx::load16(stage + 16 * other);  // <35> <36> <37> <38> <39> <40>
+    const unsigned words[4] = {v.x, v.y, v.z, v.w};
     const int at = step * kStageBytes / 4 + 4 * other;
     for (int i = 0; i < 4; ++i)
-      if (at + i < n) out[at + i] = words[i];
+      if (at + i < n) out[at + i] = static_cast<int>(words[i]);
     fetch(step + kAhead);  // 40: into the stage that others still read
   }
 }
@@ -177,7 +185,7 @@ __global__ void small_product(const int* in, int* out) {
   for (int i = lane; i < 24 * 4; i += 32) {
     const int row = i / 4, chunk = i % 4;
     unsigned char* target = row < 16 ? a + chunk_at<kDefect>(row, chunk) : b + chunk_at<kDefect>(row - 16, chunk);
-    *reinterpret_cast<uint4*>(target) = fs::ptx::load16(source + 16 * i);
+    fs::ptx::store16(target, fs::ptx::load16(source + 16 * i));
   }
   __syncwarp();
   int32_t sums[4] = {};

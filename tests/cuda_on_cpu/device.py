@@ -39,6 +39,9 @@ class Device:
     def bank_conflicts(self) -> int:
         return 0  # not to be seen from here
 
+    def conflict_places(self) -> str:
+        return ""
+
     def place(self, tensor: Tensor | None, aligned: bool = False) -> Any:
         """A copy on the device with the same strides, at the offset in elements."""
         if tensor is None:
@@ -93,9 +96,18 @@ class Device:
         activation: str | None = None,
         x_scale: Tensor | None = None,
         x_zero_point: Tensor | None = None,
+        residual: Tensor | None = None,
+        y_scale: float | None = None,
+        y_zero_point: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         there = [self.place(pack, aligned=True), self.place(weight_scale), self.place(bias)]
-        return ops.int8_linear(self.place(x), *there, activation, x_scale, x_zero_point).cpu()
+        if x_scale is not None and x_scale.dim() == 2:
+            x_scale = self.place(x_scale)
+        if y_scale is None:
+            y_zero_point = None
+        result = [self.place(residual), y_scale, y_zero_point, dtype]
+        return ops.int8_linear(self.place(x), *there, activation, x_scale, x_zero_point, *result).cpu()
 
     def kl_div(
         self,

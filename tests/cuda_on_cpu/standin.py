@@ -48,6 +48,7 @@ class StandIn:
         self.library.simt_initialised.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self.library.simt_bank_conflicts.restype = ctypes.c_int64
         self.library.simt_launches.restype = ctypes.c_char_p
+        self.library.simt_conflict_places.restype = ctypes.c_char_p
         self.offset = 0
         self.tally: dict[int, dict[str, Any]] = {}  # by the kernel's place in the library
 
@@ -69,8 +70,12 @@ class StandIn:
                 tally["seeds"].add(seed)
 
     def bank_conflicts(self) -> int:
-        """Extra passes over shared memory that ldmatrix needed since the last call."""
+        """Extra passes over shared memory since the last call: of all accesses in the race build, else of ldmatrix."""
         return self.library.simt_bank_conflicts()
+
+    def conflict_places(self) -> str:
+        """Where they were that bank_conflicts() counted last, in the race build."""
+        return self.library.simt_conflict_places().decode()
 
     def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
         """Device memory, not initialised: a kernel that reads it before it writes is found."""
@@ -246,24 +251,66 @@ class StandIn:
         activation: str | None = None,
         x_scale: Tensor | None = None,
         x_zero_point: Tensor | None = None,
+        residual: Tensor | None = None,
+        y_scale: float | None = None,
+        y_zero_point: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """As ops.int8_linear, for a matrix x."""
         m, k = x.shape
         n = len(weight_scale)
-        y = self.empty((m, n), x.dtype)
+        codes = x.dtype == torch.int8
+        floats = dtype or (torch.float32 if codes else x.dtype)
+        y = self.empty((m, n), torch.int8 if y_scale is not None else floats)
         self.library.int8_gemm_scratch_bytes.restype = ctypes.c_int64
         offset, self.offset = self.offset, 0  # torch's allocator aligns what ops.cpp asks for, and packs
         scratch = self.empty((self.library.int8_gemm_scratch_bytes(*map(ctypes.c_int64, (m, k))),), torch.uint8)
         weight = self.copy(pack)
         self.offset = offset
-        stride = x.stride(0) if k else 0
-        scale = 1.0 if x_scale is None else float(x_scale)
+        per_row = codes and x_scale is not None and x_scale.dim() == 2
+        scale = 1.0 if x_scale is None or per_row else float(x_scale)
         zero = 0 if x_zero_point is None else int(x_zero_point)
-        parameters = [self.copy(weight_scale), self.copy(bias), _ACTIVATIONS[activation], int(x_scale is None)]
-        there = self.strided_copy(x)
         self.call(
-            "int8_gemm_linear", there, _FLOATS[x.dtype], stride, m, n, k, weight, *parameters, scale, zero, y, scratch
+            "int8_gemm_linear",
+            *(self.strided_copy(x), -1 if codes else _FLOATS[x.dtype], x.stride(0) if k else 0, m, n, k),
+            *(weight, self.copy(weight_scale), self.copy(bias), _ACTIVATIONS[activation]),
+            *(int(x_scale is None), scale, zero, self.copy(x_scale) if per_row else None),
+            None if residual is None else self.strided_copy(residual),
+            0 if residual is None or n == 0 else residual.stride(0),
+            *(_FLOATS[floats], int(y_scale is not None), 1.0 if y_scale is None else float(y_scale), y_zero_point),
+            *(y, scratch),
         )
+        return y.clone()
+
+    def u4_pack(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, group: int) -> Tensor:
+        """A pack in host memory: codes [N, K], scale f16 and zero_point u8 [N, groups]; without those codes are s8."""
+        n, k = codes.shape
+        self.library.int8_gemm_u4_bytes.restype = ctypes.c_int64
+        sizes = map(ctypes.c_int64, (n, k, group, zero_point is not None))
+        pack = torch.empty(self.library.int8_gemm_u4_bytes(*sizes), dtype=torch.uint8)
+        self.call("int8_gemm_u4_pack", n, k, group, codes, scale, zero_point, pack)
+        return pack
+
+    def weight_only_linear(
+        self,
+        x: Tensor,
+        pack: Tensor,
+        out_features: int,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        weight_scale: Tensor | None = None,
+    ) -> Tensor:
+        """As ops.weight_only_linear, for a matrix x."""
+        m, k = x.shape
+        y = self.empty((m, out_features), x.dtype)
+        self.library.int8_gemm_weight_only_scratch_bytes.restype = ctypes.c_int64
+        offset, self.offset = self.offset, 0  # torch's allocator aligns what ops.cpp asks for, and packs
+        size = self.library.int8_gemm_weight_only_scratch_bytes(*map(ctypes.c_int64, (m, k)))
+        scratch, weight = self.empty((size,), torch.uint8), self.copy(pack)
+        self.offset = offset
+        there, stride = self.strided_copy(x), x.stride(0) if k else 0
+        parameters = [weight, self.copy(weight_scale), self.copy(bias), _ACTIVATIONS[activation], y, scratch]
+        self.call("int8_gemm_weight_only", there, _FLOATS[x.dtype], stride, m, out_features, k, *parameters)
         return y.clone()
 
     # --- sparse_matmul -----------------------------------------------------------------------------------------------

@@ -28,7 +28,14 @@ FLAGS = ["-std=c++17", "-O3", "-arch=sm_80", "-cubin", "-Xptxas", "-v"]
 MAY_SPILL: dict[str, str] = {}
 # The instructions that make a kernel what its header says it is.
 INSTRUCTIONS = {
-    "csrc/int8_gemm/cuda/sm80.cu": {"multiply": ["IMMA.16832.S8.S8", "LDGSTS.E", "LDSM.16.M88.4"]},
+    "csrc/int8_gemm/cuda/sm80.cu": {
+        "multiply": ["IMMA.16832.S8.S8", "LDGSTS.E", "LDSM.16.M88.4", "STS.64", "LDS.128"],
+        "multiply_few": ["IMMA.16832.S8.S8", "LDG.E.128", "LDG.E.64", "STS.128"],
+    },
+    "csrc/int8_gemm/cuda/sm80_weight_only.cu": {
+        "multiply_groups": ["IMMA.16832.S8.S8", "LDG.E.128", "LDG.E.64", "STS.128"],
+        "quantize_groups": ["LDG.E", "SHFL.BFLY", "STG.E"],
+    },
     "csrc/kl_loss/cuda/sm80.cu": {
         "rows_by_warp": ["LDG.E.128", "MUFU.EX2", "SHFL.BFLY", "STG.E.EF.128"],
         "rows_by_block": ["LDG.E.128", "MUFU.EX2", "SHFL.BFLY", "STG.E.EF.128"],

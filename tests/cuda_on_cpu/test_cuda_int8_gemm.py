@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
+from pathlib import Path
 
+import builds
 import pytest
 import standin
 import torch
-from standin import SEEDS, StandIn
+from standin import SEEDS, Finding, StandIn
 from torch import Tensor
 
 from fastsparse import ops
 from ops.test_int8_gemm import ACTIVATIONS, DTYPES, MODES, awkward_rows, linear_interval, quantization, s8
 from support import same_bits, strided
 
-# Off every tile: rows 16, 32, 128; columns 8, 16, 128; k 4, 32, 64 and the ring of 4 stages.
+# Off every tile: rows 8, 16, 32, 128; columns 4, 8, 16, 32, 128; k 4, 8, 32, 64, 128, a turn of all warps (1024), and
+# the ring of 4 stages.
 SHAPES = [
+    (8, 33, 1029),
+    (9, 48, 2120),
+    (16, 65, 140),
     (1, 1, 1),
     (1, 130, 64),
     (3, 17, 5),
@@ -58,8 +65,42 @@ def test_linear(kernels: StandIn, dtype: torch.dtype, mode: str, seed: int) -> N
         arguments = (strided(x) if i % 3 == 1 else x, s8(n, k), weight_scale, bias, activation, scale, zero)
         with kernels.launches(seed, offset=i % 2):
             got = kernels.int8_linear(arguments[0], ops.pack(arguments[1]), *arguments[2:])
-            assert kernels.bank_conflicts() == 0
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
         assert_right(got, arguments, (m, n, k))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chained(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
+    """Codes as x, a residual, codes as y: the CPU's bits."""
+    for i, (m, n, k) in enumerate([*SHAPES, (5, 32, 64), (34, 36, 48), (17, 128, 80)]):
+        per_row = i % 2 == 0
+        x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+        x = strided(x) if i % 3 == 1 else x
+        x_scale = torch.rand(m, 1) + 0.1 if per_row else torch.tensor([0.37])
+        if per_row and m > 1:
+            x_scale[1] = math.nan
+        weight, weight_scale = s8(n, k), torch.rand(n) * 1e-3
+        bias = torch.randn(n) * 5 if i % 2 else None
+        residual = torch.randn(m, n).mul(5).to(dtype) if i % 4 < 3 else None
+        residual = strided(residual) if residual is not None and i % 4 == 1 else residual
+        y_scale, y_zero = (0.11, i - 7) if (i + seed) % 3 else (None, 0)
+        last = [residual, y_scale, y_zero, dtype]
+        zero = torch.tensor([i % 5 - 2], dtype=torch.int32)
+        arguments = [weight_scale, bias, ("relu", None)[i % 2], x_scale, zero]
+        wanted = ops.int8_linear(x, ops.pack(weight), *arguments, residual, y_scale, y_zero if y_scale else None, dtype)
+        with kernels.launches(seed, offset=(i + seed) % 2):
+            got = kernels.int8_linear(x, ops.pack(weight), *arguments, *last)
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
+        assert same_bits(got, wanted), (m, n, k)
+
+
+def test_float_in_codes_out(kernels: StandIn) -> None:
+    for m in (3, 20, 40):
+        x, weight, scale = torch.randn(m, 70), s8(21, 70), torch.rand(21) * 1e-2
+        with kernels.launches():
+            got = kernels.int8_linear(x, ops.pack(weight), scale, None, "relu", y_scale=0.05, y_zero_point=-128)
+        assert same_bits(got, ops.int8_linear(x, ops.pack(weight), scale, None, "relu", None, None, None, 0.05, -128))
 
 
 @pytest.mark.parametrize("fill", [(-128, -128), (-128, 127), (127, 127)])
@@ -93,7 +134,49 @@ def test_a_whole_product(capsys: pytest.CaptureFixture[str]) -> None:
             begin = time.perf_counter()
             got = kernels.int8_linear(x, pack, scale)
             seconds = time.perf_counter() - begin
-            assert kernels.bank_conflicts() == 0
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
         assert same_bits(got, wanted)
         with capsys.disabled():
             print(f" int8_linear {m}x{n}x{k} {build}: {seconds:.2f} s", end="")
+
+
+# --- Defects planted in copies of the kernels: the tests above would see them ----------------------------------------
+
+SOURCE = builds.ROOT / "csrc/int8_gemm/cuda/sm80.cu"
+CONFLICTS = "bank conflicts"
+# what is wrong: (right, wrong, rows of x, what the race build says)
+DEFECTS = {
+    "sums over a stage that others still read": (
+        "__syncthreads();  // nobody reads a stage any more, and",
+        "// nobody reads a stage any more, and",
+        40,
+        r"race: .*sm80\.cu:\d+",
+    ),
+    "sums of warps added before all are there": (
+        "store_sums(sums, rows[warp]);\n  __syncthreads();",
+        "store_sums(sums, rows[warp]);",
+        9,
+        r"(race|uninitialised): .*sm80\.cu:\d+",
+    ),
+    "rows of sums without their padding": ("kPitch = 136", "kPitch = 128", 40, CONFLICTS),
+}
+
+
+@pytest.mark.skipif("CUDA_ON_CPU_BUILDS" in os.environ, reason="race, in the process without sanitizers")
+@pytest.mark.parametrize("name", DEFECTS)
+def test_planted_defects_are_caught(name: str, tmp_path: Path) -> None:
+    right, wrong, m, expected = DEFECTS[name]
+    text = SOURCE.read_text()
+    assert text.count(right) == 1, f"{right!r} must stand in {SOURCE.name} once"
+    kernels = StandIn("race", builds.variant("race", SOURCE, text.replace(right, wrong), tmp_path))
+    x, weight, scale = torch.randn(m, 260), s8(130, 260), torch.rand(130)
+    report = ""
+    try:
+        with kernels.launches():
+            kernels.int8_linear(x, ops.pack(weight), scale)
+            if kernels.bank_conflicts() > 0:
+                report = f"{CONFLICTS}: {kernels.conflict_places()}"
+    except Finding as finding:
+        report = str(finding)
+    assert re.search(expected, report), report or "nothing was found"
+    assert "csrc/int8_gemm/cuda/sm80.cu:" in report

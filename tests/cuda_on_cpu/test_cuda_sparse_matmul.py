@@ -66,7 +66,7 @@ def test_bitmap32(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
         bias, activation = torch.randn(n) if i % 2 else None, ACTIVATIONS[(i + seed) % 4]
         with kernels.launches(seed, offset=i % 2):
             got = kernels.sparse_linear(x, ops.pack(w, "bitmap32"), n, bias, activation)
-            assert kernels.bank_conflicts() == 0
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
         assert got.shape == (m, n)
         assert got.dtype == dtype
         assert_close(got, x, w, bias, activation, (m, n, k))
@@ -140,7 +140,7 @@ def test_nm24(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
         bias, activation = torch.randn(n) if i % 2 else None, ACTIVATIONS[(i + seed) % 4]
         with kernels.launches(seed, offset=i % 2):
             got = kernels.sparse_linear(x, ops.pack(w, "nm24"), n, bias, activation, "nm24")
-            assert kernels.bank_conflicts() == 0
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
         assert got.shape == (m, n)
         assert got.dtype == dtype
         assert_close(got, x, w, bias, activation, (m, n, k))

@@ -18,8 +18,10 @@ namespace fs::ptx {
 
 #if defined(FS_SIMT)
 #define FS_LAST_AT , ::fs::simt::At at = ::fs::simt::At::here()
+#define FS_WHOLE(v) asm("" : "+m"(v))  // or gcc makes four accesses of one, and bank conflicts are miscounted
 #else
 #define FS_LAST_AT
+#define FS_WHOLE(v)
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -31,7 +33,9 @@ __device__ __forceinline__ uint4 load16(const void* p) {
 #if defined(FS_SIMT)
   simt::check_alignment(p, 16, "ptx::load16");
 #endif
-  return *static_cast<const uint4*>(p);
+  uint4 v = *static_cast<const uint4*>(p);
+  FS_WHOLE(v);
+  return v;
 }
 
 // For what is read once and written by nobody during the launch: past L1.
@@ -52,7 +56,17 @@ __device__ __forceinline__ void store16(void* p, uint4 v) {
 #if defined(FS_SIMT)
   simt::check_alignment(p, 16, "ptx::store16");
 #endif
+  FS_WHOLE(v);
   *static_cast<uint4*>(p) = v;
+}
+
+// 8 bytes, p at a multiple of 8.
+__device__ __forceinline__ void store8(void* p, uint2 v) {
+#if defined(FS_SIMT)
+  simt::check_alignment(p, 8, "ptx::store8");
+#endif
+  FS_WHOLE(v);
+  *static_cast<uint2*>(p) = v;
 }
 
 // For what nobody reads soon: first to leave the caches.

@@ -14,16 +14,17 @@
 namespace fs {
 
 inline void* current_cuda_stream(const torch::stable::Tensor& x) {
-  if (&aoti_torch_get_current_cuda_stream == nullptr)
-    throw std::runtime_error("this torch is a CPU build: it has no CUDA stream to run on");
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(static_cast<int32_t>(x.get_device_index()), &stream) != 0)
     throw std::runtime_error("torch gave no CUDA stream for the device of x");
   return stream;
 }
 
-// What never ran on hardware is off by default.
+// The gate of every op's entry for CUDA, before anything asks torch for a device or a stream: a CPU build of torch has
+// neither, and what never ran on hardware is off by default.
 inline void check_proven(const char* op, const char* kernel, bool proven) {
+  if (&aoti_torch_get_current_cuda_stream == nullptr)
+    throw std::runtime_error(std::string(op) + ": this torch is a CPU build, it has no CUDA to run on");
   if (proven) return;
   const char* allowed = std::getenv("FASTSPARSE_UNPROVEN");
   if (allowed == nullptr || std::string(allowed) != "1")

@@ -175,7 +175,12 @@ __device__ __forceinline__ void store(const T* results, int64_t m, int64_t n, in
     if (vectors && left >= kChunk) {
       *reinterpret_cast<Vector16<T>*>(target) = *reinterpret_cast<const Vector16<T>*>(source);
     } else {
-      for (int j = 0; j < kChunk && j < left; ++j) target[j] = source[j];
+      const uint4 chunk = ptx::load16(source);  // whole results, whatever n is
+      Vector16<T> values;
+      memcpy(&values, &chunk, 16);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j)
+        if (j < left) target[j] = values.at[j];
     }
   }
 }

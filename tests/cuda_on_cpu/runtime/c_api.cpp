@@ -1,6 +1,7 @@
 // What Python calls of the stand-in itself. Functions that can fail return a text, or null.
 #include <dlfcn.h>
 
+#include "banks.h"
 #include "entry.h"
 #include "memory.h"
 #include "runtime.h"
@@ -41,10 +42,12 @@ FS_ENTRY const char* simt_launches() {
   return fs::simt::kept(text);
 }
 
-// Extra passes that ldmatrix needed since the last call.
+// Extra passes over shared memory since the last call: all in the race build, ldmatrix's in the others.
 FS_ENTRY int64_t simt_bank_conflicts() {
-  const int64_t n = fs::simt::conflicts.ldmatrix;
-  fs::simt::conflicts = {};
+  const int64_t n = fs::simt::ldmatrix_conflicts + fs::simt::banks::take_extra_passes();
+  fs::simt::ldmatrix_conflicts = 0;
   return n;
 }
+// Where, for those of the last simt_bank_conflicts(), in the race build.
+FS_ENTRY const char* simt_conflict_places() { return fs::simt::kept(fs::simt::banks::places()); }
 }

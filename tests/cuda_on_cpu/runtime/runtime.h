@@ -76,12 +76,8 @@ std::string thread_name(unsigned number);  // "block (1,0,0) thread (37,0,0)"
 
 void set_seed(unsigned seed);
 
-// Bank conflicts of the launches since the last call: extra passes over shared memory, by ldmatrix and, in the race
-// build, by other accesses.
-struct Conflicts {
-  int64_t ldmatrix = 0;
-};
-extern Conflicts conflicts;
+// Extra passes over shared memory that ldmatrix needed since the last call; in the race build banks.h counts them.
+extern int64_t ldmatrix_conflicts;
 
 // How often each kernel ran without a finding since the last call.
 extern std::map<const void*, int64_t> launches;

@@ -11,6 +11,7 @@
 
 #include <ucontext.h>
 
+#include "banks.h"
 #include "memory.h"
 #include "runtime.h"
 
@@ -21,11 +22,12 @@ namespace fs::simt {
 
 Block block;
 Thread* running = nullptr;
-Conflicts conflicts;
+int64_t ldmatrix_conflicts = 0;
 std::map<const void*, int64_t> launches;
 
 namespace {
 
+constexpr unsigned kAllLanes = 0xffffffffu;
 unsigned seed = 0;
 std::minstd_rand generator;
 std::vector<unsigned> ready;  // a ring: first in, first out
@@ -140,6 +142,7 @@ void finish_barrier() {
     t.released = t.clock++;
     if (t.state == State::at_barrier) make_ready(i);
   }
+  for (unsigned warp = 0; warp * 32 < block.count; ++warp) banks::met(warp);
 }
 
 void thread_main() {
@@ -210,6 +213,7 @@ void run_block(dim3 shape, size_t shared_bytes) {
   block.meetings.resize((block.count + 31) / 32);
   for (auto& meetings : block.meetings) meetings.clear();
   reset_shared();
+  banks::begin_block();
   block.dynamic_shared = shared_bytes > 0 ? allocate_shared(shared_bytes, 1024) : nullptr;
   ready.clear();
   ready_first = 0;
@@ -230,6 +234,7 @@ void run_block(dim3 shape, size_t shared_bytes) {
     finding = "deadlock: " + std::to_string(block.alive) + " of " + std::to_string(block.count) +
               " threads wait for others that do not come" + who_waits();
   if (finding.empty()) finding = block.deferred;
+  banks::end_block();
 }
 
 }  // namespace
@@ -347,6 +352,7 @@ void warp_operation(unsigned mask, const char* name, WarpFunction function, void
   const Meeting done = *meeting;
   meetings.erase(meetings.begin() + (meeting - meetings.data()));
   function(mask, done.arguments);
+  if (mask == kAllLanes) banks::met(number / 32);
   // In order, the last to come goes on; else anybody.
   for (unsigned l = 0; l < 32; ++l)
     if (mask >> l & 1 && (l != lane || seed != 0)) make_ready(first + l);

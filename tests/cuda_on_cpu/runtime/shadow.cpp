@@ -7,6 +7,7 @@
 #include <cstring>
 #include <new>
 
+#include "banks.h"
 #include "memory.h"
 #include "runtime.h"
 
@@ -232,7 +233,9 @@ inline bool uninteresting(const void* p) {
 }
 
 void anyhow(const void* p, size_t bytes, Kind kind, const void* pc) {
-  if (!uninteresting(p)) fs::simt::shadow::access(p, bytes, kind, pc);
+  if (uninteresting(p)) return;
+  fs::simt::shadow::access(p, bytes, kind, pc);
+  fs::simt::banks::access(p, bytes, pc);
 }
 
 void natural(const void* p, size_t bytes, Kind kind, const void* pc) {
@@ -242,6 +245,7 @@ void natural(const void* p, size_t bytes, Kind kind, const void* pc) {
                    std::to_string(bytes) + " bytes by " + fs::simt::thread_name(fs::simt::running_number()) + " at " +
                    fs::simt::place(pc));
   fs::simt::shadow::access(p, bytes, kind, pc);
+  fs::simt::banks::access(p, bytes, pc);
 }
 
 }  // namespace
