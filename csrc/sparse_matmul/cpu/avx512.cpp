@@ -1,11 +1,11 @@
-// sparse_matmul, AVX-512 (F, VL): written by the recipe, not tuned on hardware.
+// sparse_matmul, AVX-512 (F, VL).
 // Idea     bitmap: vexpandps from memory, 16 values at once. sell: one gather for 16 outputs.
 //          panels: one broadcast weight meets up to 64 rows of x, 4 FMAs with memory operands.
 // Tile     bitmap: 32 outputs x 1 to 4 rows, 2 zmm sums a row. sell: 16 outputs x 1 to 3 rows.
 //          panels: 8 zmm sums: 2 outputs x 64 rows, 4 x 32, 8 x 16.
 // Reads    formats/sparse.h; vexpandps reads no more than the values it uses.
-// Tails    outputs: partly stored; k: none is padded; rows: smaller instances, 8 rows in half a vector.
-// Measured for exactness only: docs/kernels/sparse_matmul.md
+// Tails    outputs: partly stored; k: none is padded; rows: smaller instances, 8 rows by the avx2 row.
+// Measured docs/kernels/sparse_matmul.md
 #include "../../runtime/simd/avx512.h"
 #include "../../runtime/simd/transpose8_avx.inl"
 
@@ -45,27 +45,6 @@ void bitmap(const FewArgs& a) {
     case 2: return bitmap_rows<Wide, 2>(a);
     case 3: return bitmap_rows<Wide, 3>(a);
     default: return bitmap_rows<Wide, 4>(a);
-  }
-}
-
-// A panel of 8 rows: the same walk in 256-bit registers.
-void panel8(const PanelArgs& a) {
-  const Pack& p = a.pack;
-  const int64_t blocks = (p.k + kBlockK - 1) / kBlockK;
-  const uint8_t* order = p.order + a.chunk * blocks * 2 * kChunk;
-  int64_t at = at_most(p.offset[a.chunk], p.total);
-  memset(a.sums, 0, kChunk * 8 * sizeof(float));
-  for (int64_t b = 0; b < blocks; ++b, order += 2 * kChunk) {
-    for (int64_t place = 0; place < kChunk && order[kChunk + place] != 0; ++place) {
-      const int64_t count = order[kChunk + place];
-      __m256 s = _mm256_loadu_ps(a.sums + order[place] * 8);
-      for (int64_t i = 0; i < count; ++i) {
-        const float* x = a.panel + (b * kBlockK + p.index[at + i]) * 8;
-        s = _mm256_fmadd_ps(_mm256_broadcast_ss(p.value + at + i), _mm256_loadu_ps(x), s);
-      }
-      _mm256_storeu_ps(a.sums + order[place] * 8, s);
-      at = at_most(static_cast<uint64_t>(at + count), p.total);
-    }
   }
 }
 
@@ -119,7 +98,7 @@ void transpose_wide(const TransposeArgs& t) {
 
 void panel(const PanelArgs& a) {
   switch (a.lanes) {
-    case 8: return panel8(a);
+    case 8: return kAvx2.panel(a);  // half a zmm: that row has the kernel, and the same sums
     case 16: return panel_lanes<1, 8>(a);
     case 32: return panel_lanes<2, 4>(a);
     default: return panel_lanes<4, 2>(a);
