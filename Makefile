@@ -44,8 +44,14 @@ native:
 gpu-check:
 	$(PYTHON) tools/gpu_check.py
 
-bench: $(VENV)/.built
+bench: $(VENV)/.built $(VENV)/.peers
 	$(BIN)/python -m bench --family $(FAMILY)
+
+# Others' kernels, only compared with; the bench runs without them and says what is missing.
+$(VENV)/.peers: pyproject.toml $(VENV)/.built
+	@echo 'installing what the bench compares with'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements/torch.txt -e '.[peers]'
+	@touch $@
 
 check: $(VENV)/.built
 	$(BIN)/fastsparse check

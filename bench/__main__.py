@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench import bars, ceilings, machine, report, runner
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     described = machine.describe()
+    settings = replace(settings, hold=machine.hold(str(described["isa"]), str(described["cpu_level"])))
     before = ceilings.measure_in_child(options.threads, options.quick)
     progress = Progress(len(todo))
     try:
@@ -104,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     described["seconds"] = round(time.monotonic() - began)
 
     values = {c.key: c.value for c in found if c.value is not None}
-    add_fractions(rows, values, str(described["isa"]), str(described["cpu_level"]))
+    add_fractions(rows, values, str(described["isa"]), str(described["cpu_level"]), bool(settings.hold))
     add_ratios(rows)
     context = bars.Context(
         rows,
@@ -119,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "quick": options.quick,
         "only": options.only,
         "mallocs": list(settings.mallocs),
+        "peers_held_by": dict(settings.hold),
     }
     result = report.Result(family, shown, described, found, rows, bars.judge_all(family, context))
     report.print_tables(result, cases)

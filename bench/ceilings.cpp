@@ -5,6 +5,10 @@
 // (operations or bytes a second), the sum over the threads.
 #include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <chrono>
@@ -19,6 +23,13 @@
 #define HAS_AVXVNNI 1
 #else
 #define HAS_AVXVNNI 0
+#endif
+
+// AMX by mnemonic and not by intrinsic, so it needs no flag: an assembler that knows AVX-VNNI knows AMX.
+#if HAS_AVXVNNI && defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+#define HAS_AMX 1
+#else
+#define HAS_AMX 0
 #endif
 
 #define AVX2 __attribute__((target("avx2,fma"), noinline))
@@ -73,6 +84,36 @@ AVX512 void vnni_avx512() {
 #if HAS_AVXVNNI
 AVXVNNI void vnni_avxvnni() {
   for (int i = 0; i < kIters; i++) asm volatile(YMM12(VNNI_Y)::: CLOBBER_YMM);
+}
+#endif
+
+#if HAS_AMX
+// What ldtilecfg reads: all eight tiles have 16 rows of 64 bytes.
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64, "as the instruction reads it");
+alignas(64) const TileConfig kTileConfig;
+
+// Four sums from two tiles of each operand, as a 2 x 2 kernel has them. Tiles are a thread's own state: each body
+// configures them, which is nothing against kIters products. ldtilecfg zeroes them.
+void amx_int8() {
+  asm volatile("ldtilecfg %0" ::"m"(kTileConfig));
+  for (int i = 0; i < kIters; i += 4)
+    asm volatile(
+        "tdpbusd %tmm6, %tmm4, %tmm0\n"
+        "tdpbusd %tmm7, %tmm4, %tmm1\n"
+        "tdpbusd %tmm6, %tmm5, %tmm2\n"
+        "tdpbusd %tmm7, %tmm5, %tmm3\n");
+  asm volatile("tilerelease");
+}
+
+// Linux gives a process the tile registers only when it asks; the grant holds for all of its threads.
+bool ask_for_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 
@@ -211,7 +252,7 @@ constexpr Read kReads[2][4] = {
 
 extern "C" {
 
-// Bits: 1 avx2 + fma, 2 avxvnni, 4 avx512f, 8 avx512-vnni (with bw and vl).
+// Bits: 1 avx2 + fma, 2 avxvnni, 4 avx512f, 8 avx512-vnni (with bw and vl), 16 amx-int8 (and asks for it).
 unsigned ceil_features() {
   __builtin_cpu_init();
   unsigned bits = 0, a, b, c, d;
@@ -221,28 +262,39 @@ unsigned ceil_features() {
   if ((bits & 4) && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni"))
     bits |= 8;
+#if HAS_AMX
+  const unsigned amx = (1u << 24) | (1u << 25);  // AMX-TILE, AMX-INT8
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & amx) == amx && ask_for_tiles()) bits |= 16;
+#endif
   return bits;
 }
 
-// kind: 0 fma avx2, 1 fma avx512, 2 vpmaddwd + vpaddd avx2, 3 vpdpbusd avxvnni, 4 vpdpbusd avx512.
+// kind: 0 fma avx2, 1 fma avx512, 2 vpmaddwd + vpaddd avx2, 3 vpdpbusd avxvnni, 4 vpdpbusd avx512,
+// 5 tdpbusd.
 // Operations a second; a multiply and an add count as two. The caller has asked ceil_features().
 double ceil_compute(int kind, double seconds, int bursts, int threads) {
   struct Kind {
     void (*body)();
-    double ops;  // of one body; an instruction's: 2 x lanes (fp32), 2 x 16 products (vpmaddwd), 2 x bytes (vpdpbusd)
-  };
+    double ops;  // of one body; an instruction's: 2 x lanes (fp32), 2 x 16 products (vpmaddwd), 2 x bytes (vpdpbusd),
+  };             // 2 x 16 rows x 16 columns x 64 (tdpbusd)
 #if HAS_AVXVNNI
   constexpr auto avxvnni = vnni_avxvnni;
 #else
   constexpr void (*avxvnni)() = nullptr;
+#endif
+#if HAS_AMX
+  constexpr auto amx = amx_int8;
+#else
+  constexpr void (*amx)() = nullptr;
 #endif
   constexpr double wide = double(kIters) * kWide, narrow = double(kIters) * kNarrow;
   const Kind kinds[] = {{fma_avx2, 16 * narrow},
                         {fma_avx512, 32 * wide},
                         {maddwd_avx2, 32.0 * kIters * kMadd},
                         {avxvnni, 64 * narrow},
-                        {vnni_avx512, 128 * wide}};
-  if (kind < 0 || kind > 4 || !kinds[kind].body) return -1;
+                        {vnni_avx512, 128 * wide},
+                        {amx, 2.0 * 16 * 16 * 64 * kIters}};
+  if (kind < 0 || kind > 5 || !kinds[kind].body) return -1;
   return run({seconds, bursts, threads}, kinds[kind].ops, [&](int) { return kinds[kind].body; });
 }
 

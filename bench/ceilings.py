@@ -27,7 +27,7 @@ BUILD = machine.ROOT / "build" / "bench"
 FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off")
 
 # Bits of ceil_features().
-AVX2, AVXVNNI, AVX512F, AVX512VNNI = 1, 2, 4, 8
+AVX2, AVXVNNI, AVX512F, AVX512VNNI, AMXINT8 = 1, 2, 4, 8, 16
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ COMPUTE = (
     ("madd_avx2", 2, AVX2, "int8 by vpmaddwd + vpaddd, AVX2", "GOP/s", "AVX2"),
     ("vnni_avxvnni", 3, AVXVNNI, "int8 by vpdpbusd, AVX-VNNI", "GOP/s", "AVX-VNNI"),
     ("vnni_avx512", 4, AVX512VNNI, "int8 by vpdpbusd, AVX-512-VNNI", "GOP/s", "AVX-512-VNNI"),
+    ("amx_int8", 5, AMXINT8, "int8 by tdpbusd, AMX", "GOP/s", "AMX-INT8 that may be used"),
 )
 
 # Which ceiling a kernel of this ISA level is held against.
-INT8_CEILING = {"avx512": "vnni_avx512", "avxvnni": "vnni_avxvnni", "avx2": "madd_avx2"}
-FP32_CEILING = {"avx512": "fma_avx512", "avxvnni": "fma_avx2", "avx2": "fma_avx2"}
+INT8_CEILING = {"amx": "amx_int8", "avx512": "vnni_avx512", "avxvnni": "vnni_avxvnni", "avx2": "madd_avx2"}
+FP32_CEILING = {"amx": "fma_avx512", "avx512": "fma_avx512", "avxvnni": "fma_avx2", "avx2": "fma_avx2"}
 
 
 def compute_ceiling(compute: str | None, isa: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # Best last; the names fastsparse uses for the caps in FASTSPARSE_ISA.
-LEVELS = ("scalar", "avx2", "avxvnni", "avx512")
+LEVELS = ("scalar", "avx2", "avxvnni", "avx512", "amx")
 
 # Sizes where the system does not say: common, and marked as assumed in the result.
 ASSUMED_CACHES = {"L1": 32 << 10, "L2": 1 << 20, "L3": 16 << 20}
@@ -57,7 +57,7 @@ def cpu_level() -> str:
     flags = set(_cpuinfo().get("flags", "").split())
     avx2 = {"avx2", "fma", "f16c"} <= flags
     if avx2 and {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= flags:
-        return "avx512"
+        return "amx" if {"amx_tile", "amx_int8"} <= flags else "avx512"
     if avx2 and "avx_vnni" in flags:
         return "avxvnni"
     return "avx2" if avx2 else "scalar"
@@ -79,6 +79,15 @@ def level_in_use(info: dict[str, Any] | None = None) -> str:
 def above(level: str, other: str) -> bool:
     """Is `level` better than `other`?"""
     return LEVELS.index(level) > LEVELS.index(other)
+
+
+# Torch's and OpenVINO's int8 go through oneDNN, which takes AMX where it finds it.
+_ONEDNN = {"avx512": "AVX512_CORE_VNNI", "avxvnni": "AVX2_VNNI", "avx2": "AVX2"}
+
+
+def hold(isa: str, best: str) -> dict[str, str]:
+    """The environment that holds peers to the level `isa`; empty where that is the best this CPU has."""
+    return {"ONEDNN_MAX_CPU_ISA": _ONEDNN[isa]} if above(best, isa) and isa in _ONEDNN else {}
 
 
 def loadavg() -> list[float] | None:

@@ -28,8 +28,9 @@ Call = Callable[[], Any]
 Builder = Callable[..., Call]
 BuilderT = TypeVar("BuilderT", bound=Builder)
 
-# What a row is compared as. "held" rows run under an environment that caps their ISA; they serve one bar.
-Kind = Literal["ours", "fused", "bare", "fp32", "held"]
+# What a row is compared as. "held" rows run under an environment that caps their ISA, "threads" rows are ours with more
+# threads than the run; they serve bars of their own.
+Kind = Literal["ours", "fused", "bare", "fp32", "held", "threads"]
 # Which compute ceiling a row is held against.
 Compute = Literal["int8", "fp32"]
 
@@ -66,6 +67,7 @@ class Implementation:
     env: Mapping[str, str] = field(default_factory=dict)
     beyond_avx2: bool = False  # runs only on a CPU that has more than AVX2
     mallocs: Sequence[str] = MALLOCS
+    threads: int | None = None  # more than the run's own; measured in one-thread runs only, where the cores are there
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.bars import MET, MISSED, Verdict
+from bench.bars import MET, MISSED, NEARLY, Verdict
 from bench.ceilings import Ceiling
 from bench.registry import OURS, Case
 from bench.rows import CEILING_BROKEN, Row, bound, find
@@ -158,6 +158,8 @@ def _case_table(result: Result, case: Case, panel: str, malloc: str, rows: Seque
                 )
                 key = f"kernel_{nearest}"
                 fraction += f"; {kernel}" + (f" = {ours.fractions[key]:.2f}" if key in ours.fractions else "")
+            if "vnni" in ours.fractions:
+                fraction += f"; {ours.fractions['vnni']:.2f} vnni avx512"
             cell += [seconds_text(ours.median) + _mark(ours)]
             cell += [f"{seconds_text(ours.seconds['p20'])}..{seconds_text(ours.seconds['p80'])}"]
             cell += [f"{ours.value:.1f}"] if case.work and ours.value is not None else []
@@ -170,6 +172,8 @@ def _case_table(result: Result, case: Case, panel: str, malloc: str, rows: Seque
                 cell.append("-")
                 continue
             ratio = f"{ours.ratios[name]:.2f}x, " if ours is not None and name in ours.ratios else ""
+            if theirs.kind == "threads" and ours is not None and ours.ok:
+                ratio = f"{ours.median / theirs.median:.2f}x faster, "
             cell.append(ratio + seconds_text(theirs.median) + _mark(theirs))
         cells.append(cell)
     for row in rows:
@@ -197,6 +201,13 @@ def _wrong(row: Row) -> str:
     )
 
 
+def held_line(result: Result) -> str:
+    """How peers were kept from what our own level does not use; empty where nothing held them."""
+    held = result.options.get("peers_held_by") or {}
+    cap = ", ".join(f"{name}={value}" for name, value in held.items())
+    return f"Peers ran under {cap}, since ours is capped at {result.machine['isa']}." if cap else ""
+
+
 def tables(result: Result, cases: Mapping[str, Case]) -> list[Table]:
     found = [ceiling_table(result.ceilings, result.rows), *case_tables(result, cases)]
     return found + [verdict_table(result.verdicts)] * bool(result.verdicts)
@@ -222,9 +233,11 @@ def print_tables(result: Result, cases: Mapping[str, Case]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a log should not be wrapped at 80 columns
-    colours = {MET: "green", MISSED: "red"}
+    colours = {MET: "green", NEARLY: "green", MISSED: "red"}
     for line in machine_lines(result.machine):
         console.print(escape(line), highlight=False)
+    if held_line(result):
+        console.print(escape(held_line(result)), highlight=False)
     for table in tables(result, cases):
         shown = RichTable(title=escape(table.title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
         for i, column in enumerate(table.header):
@@ -240,6 +253,7 @@ def print_tables(result: Result, cases: Mapping[str, Case]) -> None:
 def markdown(result: Result, cases: Mapping[str, Case], plot: str | None = None) -> str:
     text = [f"# {result.family} on {result.machine['cpu']}, {result.machine['isa']}", ""]
     text += [line + "  " for line in machine_lines(result.machine)]
+    text += [held_line(result)] * bool(held_line(result))
     text += ["", LEGEND, ""]
     text += [f"![ratios and fractions]({plot})", ""] if plot else []
     for table in tables(result, cases):
@@ -282,7 +296,7 @@ def draw(result: Result, cases: Mapping[str, Case], path: Path) -> bool:
     except ImportError:
         return False
 
-    names = list(dict.fromkeys(row.name for _, _, rows in columns for row in rows))
+    names = list(dict.fromkeys(row.name for _, _, rows in columns for row in rows if row.kind != "threads"))
     palette = pyplot.get_cmap("tab10")
     colours = {name: palette(i % 10) for i, name in enumerate(names)}
     across = min(len(columns), PANELS_ACROSS)

@@ -40,7 +40,7 @@ class Row:
     kernel_seconds: float | None = None  # the launch alone, without the dispatcher
     check: dict[str, Any] | None = None  # error, tolerance, measure, ok
     error: str | None = None
-    fractions: dict[str, float] = field(default_factory=dict)  # of ceilings: "compute", "read"; "kernel_..." alike
+    fractions: dict[str, float] = field(default_factory=dict)  # of ceilings: compute, read, vnni; "kernel_..." alike
     ceilings: dict[str, str] = field(default_factory=dict)  # their keys
     ratios: dict[str, float] = field(default_factory=dict)  # our rows: peer's time / ours
     compute: str | None = None
@@ -69,14 +69,18 @@ class Row:
         return asdict(self)
 
 
-def add_fractions(rows: Iterable[Row], values: Mapping[str, float], isa: str, cpu_level: str) -> None:
+def add_fractions(
+    rows: Iterable[Row], values: Mapping[str, float], isa: str, cpu_level: str, peers_held: bool = False
+) -> None:
     """Each row as a fraction of the compute ceiling of its kind and of the read bandwidth of its weights' level.
 
-    Ours runs at `isa`, which may be capped; peers run at what the CPU has.
+    Ours runs at `isa`, which may be capped; peers run at what the CPU has, int8 ones at `isa` where they are held to
+    it. Our int8 under AMX is also given as a fraction of the VNNI ceiling, which is what AMX is there to pass.
     """
-    levels = {"ours": isa, "held": "avx2"}
+    peers = isa if peers_held else cpu_level
+    levels = {"ours": isa, "held": "avx2", "fused": peers, "bare": peers}
     for row in rows:
-        if row.seconds is None:
+        if row.seconds is None or row.kind == "threads":  # ceilings are those of the run's number of threads
             continue
         row.fractions, row.ceilings = {}, {}
         compute = ceilings.compute_ceiling(row.compute, levels.get(row.kind, cpu_level))
@@ -88,6 +92,8 @@ def add_fractions(rows: Iterable[Row], values: Mapping[str, float], isa: str, cp
             if compute is not None and compute in values and row.work:
                 row.ceilings["compute"] = compute
                 row.fractions[prefix + "compute"] = row.work / seconds / 1e9 / values[compute]
+                if row.kind == "ours" and compute == "amx_int8" and "vnni_avx512" in values:
+                    row.fractions[prefix + "vnni"] = row.work / seconds / 1e9 / values["vnni_avx512"]
             read = f"read_{row.level}"
             if read in values and row.weight_bytes:
                 row.ceilings["read"] = read
@@ -121,9 +127,9 @@ def find(rows: Sequence[Row], like: Row, name: str) -> Row | None:
     return next((row for row in rows if row.name == name and _same(row, like)), None)
 
 
-def best(rows: Sequence[Row], like: Row, kind: str) -> Row | None:
-    """The fastest peer of a kind at the same place, wrong results left out."""
-    found = [row for row in rows if row.kind == kind and row.right and _same(row, like)]
+def best(rows: Sequence[Row], like: Row, *kinds: str) -> Row | None:
+    """The fastest peer of these kinds at the same place, wrong results left out."""
+    found = [row for row in rows if row.kind in kinds and row.right and _same(row, like)]
     return min(found, key=lambda row: row.median, default=None)
 
 

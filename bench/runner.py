@@ -36,11 +36,13 @@ class Settings:
 
     family: str
     threads: int = 1
-    rounds: int = 7
-    budget: Mapping[str, float] = field(default_factory=lambda: {"default": 0.7, "keep": 0.35})
+    rounds: int = 5
+    budget: Mapping[str, float] = field(default_factory=lambda: {"default": 0.5, "keep": 0.25})
     mallocs: Sequence[str] = MALLOCS
     quick: bool = False
     only: str | None = None
+    # What caps the peers where FASTSPARSE_ISA caps us: see machine.hold.
+    hold: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 180.0  # seconds without an answer after which a child is given up
 
 
@@ -51,11 +53,14 @@ class ChildDied(RuntimeError):
 class Child:
     """One implementation's process. Messages and answers are JSON lines, see bench/worker.py."""
 
-    def __init__(self, name: str, malloc: str, env: Mapping[str, str], settings: Settings) -> None:
+    def __init__(
+        self, name: str, malloc: str, env: Mapping[str, str], settings: Settings, threads: int | None = None
+    ) -> None:
         self.name, self.malloc, self.settings = name, malloc, settings
         environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-        threads = str(settings.threads)
-        environment.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, MKL_DYNAMIC="FALSE", **env)
+        count = str(threads or settings.threads)
+        environment.update(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count, MKL_DYNAMIC="FALSE")
+        environment.update(env)
         environment.setdefault("PYTHONWARNINGS", "ignore")
         tunables = TUNABLES[malloc]
         if tunables is not None:
@@ -63,7 +68,7 @@ class Child:
         command = [sys.executable, "-m", "bench.worker", "--family", settings.family, "--name", name]
         self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by close()
         self.process = subprocess.Popen(
-            [*command, "--threads", threads],
+            [*command, "--threads", count],
             cwd=machine.ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -147,7 +152,9 @@ class Children:
         if key not in self.live:
             if len(deaths) > self.RESTARTS:
                 raise ChildDied(f"given up after {len(deaths)} dead processes; the last: {deaths[-1]}")
-            self.live[key] = Child(implementation.name, malloc, implementation.env, self.settings)
+            ours = implementation.kind in ("ours", "threads")
+            env = implementation.env if ours else {**self.settings.hold, **implementation.env}
+            self.live[key] = Child(implementation.name, malloc, env, self.settings, implementation.threads)
         return self.live[key]
 
     def bury(self, implementation: Implementation, malloc: str, why: str) -> None:
@@ -220,6 +227,7 @@ def _who(case: Case, settings: Settings, beyond_avx2: bool) -> list[tuple[Implem
         (implementation, malloc)
         for implementation in case.implementations
         if beyond_avx2 or not implementation.beyond_avx2
+        if implementation.threads is None or settings.threads == 1
         for malloc in settings.mallocs
         if malloc in implementation.mallocs
     ]
@@ -234,7 +242,7 @@ def _measure(case: Case, shape: Shape, settings: Settings, beyond_avx2: bool, ch
             implementation.name,
             implementation.kind,
             malloc,
-            settings.threads,
+            implementation.threads or settings.threads,
             case.unit,
             compute=implementation.compute,
             work=case.work(**shape) if case.work else None,

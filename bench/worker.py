@@ -51,7 +51,9 @@ class Worker:
         self.drop()
         implementation = next(i for i in self.cases[case].implementations if i.name == self.name)
         if case not in self.reasons:
-            self.reasons[case] = implementation.available() if implementation.available else None
+            self.reasons[case] = self.cores_missing() or (
+                implementation.available() if implementation.available else None
+            )
         if self.reasons[case]:
             return {"unavailable": self.reasons[case]}
 
@@ -80,6 +82,10 @@ class Worker:
             "rounds": self.plan.rounds if self.plan else 0,
             "check": {**asdict(check), "ok": check.ok} if check else None,
         }
+
+    def cores_missing(self) -> str | None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return None if self.threads <= cores else f"needs {self.threads} cores, this process may use {cores}"
 
     def round(self) -> dict[str, Any]:
         if self.plan is None or self.implementation is None:

@@ -1,7 +1,8 @@
-"""int8_gemm: int8_linear and int8_mm against torch, and the fixed cost of a call.
+"""int8_gemm: int8_linear and int8_mm against torch and others, and the fixed cost of a call.
 
 Default grad mode, no operand requires a gradient. Peers call the same torch operators as torch's own modules do, not
-the modules, as ours are called without one. Figures count useful work: 2 M N K operations.
+the modules, as ours are called without one. Figures count useful work: 2 M N K operations. Freed memory is kept only
+for ours and torch's engines: for others the second setting tells nothing new.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +21,10 @@ from bench.registry import Call, Check, case, grid, peer
 
 warnings.filterwarnings("ignore", message=".*(quantiz|torch.ao).*")  # that these are deprecated is known
 
-WEIGHTS = ((384, 1536), (768, 768), (768, 3072), (4096, 4096))  # (K, N)
+WEIGHTS = ((384, 1536), (768, 768), (768, 3072), (4096, 4096), (4096, 11008))  # (K, N)
 LINEAR = [{"m": m, "k": k, "n": n} for k, n in WEIGHTS for m in (1, 4, 16, 64, 128, 512)]
+LAYERS = 40  # of 4096 x 4096: 671 MB, beyond any cache
+DEFAULT = ("default",)
 MM = [{"m": m, "k": k, "n": n} for m, k, n in ((64, 768, 768), (512, 512, 512), (128, 768, 3072))]
 SMALL = grid(m=[16], k=[16], n=[16], bias=[1, 0])
 
@@ -170,6 +174,19 @@ def ours(m: int, k: int, n: int) -> Call:
     return lambda: ops.int8_linear(o.x, pack, o.scale, o.bias)
 
 
+peer(
+    "int8_linear",
+    "fastsparse, two threads",
+    kind="threads",
+    compute="int8",
+    weight_bytes=int8_bytes,
+    check=check_ours,
+    available=fastsparse_missing,
+    mallocs=DEFAULT,
+    threads=2,
+)(ours)
+
+
 def engine_missing(engine: str) -> Callable[[], str | None]:
     def available() -> str | None:
         known = torch.backends.quantized.supported_engines
@@ -221,6 +238,7 @@ def _codes(m: int, k: int, n: int) -> Tensor:
     compute="int8",
     weight_bytes=int8_bytes,
     check=check_bare,
+    mallocs=DEFAULT,
 )
 def bare_int_mm(m: int, k: int, n: int) -> Call:
     """No quantize, no epilogue. The weight as torch stores it, [N, K], seen transposed: the faster of both layouts."""
@@ -230,11 +248,174 @@ def bare_int_mm(m: int, k: int, n: int) -> Call:
 
 @peer(
     "int8_linear",
+    "torch._int_mm, eager",
+    kind="fused",
+    compute="int8",
+    weight_bytes=int8_bytes,
+    check=_check_float(0.05),
+    mallocs=DEFAULT,
+)
+def eager_int_mm(m: int, k: int, n: int) -> Call:
+    """Quantize per token, bare product, scales and bias: each an eager operator, in place where it can be."""
+    o = linear_operands(m, k, n)
+    weight = o.weight.clone()
+    assert o.bias is not None
+    bias = o.bias
+
+    def call() -> Tensor:
+        scale = o.x.abs().amax(1, keepdim=True).div_(127.0)
+        codes = (o.x / scale).round_().to(torch.int8)
+        return (torch._int_mm(codes, weight.t()) * scale).mul_(o.scale).add_(bias)
+
+    return call
+
+
+def package_missing(*packages: str) -> Callable[[], str | None]:
+    def available() -> str | None:
+        missing = [name for name in packages if find_spec(name) is None]
+        return f"needs {' '.join(missing)}: pip install {' '.join(missing)}" if missing else None
+
+    return available
+
+
+@functools.lru_cache(maxsize=1)
+def _torchao(m: int, k: int, n: int) -> tuple[Any, Callable[..., Tensor]]:
+    """A template of torchao's tensor, and one compiled function for all weight copies of a shape."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    template = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    quantize_(template, Int8DynamicActivationInt8WeightConfig())
+    torch._dynamo.reset()  # or the shapes before count against its limit of recompilations
+    return template[0].weight, torch.compile(
+        lambda x, weight, bias: functional.linear(x, weight, bias), fullgraph=True, dynamic=False
+    )
+
+
+@peer(
+    "int8_linear",
+    "torchao int8 dynamic, compiled",
+    kind="fused",
+    compute="int8",
+    weight_bytes=int8_bytes,
+    check=_check_float(0.05),
+    available=package_missing("torchao"),
+    mallocs=DEFAULT,
+)
+def torchao_linear(m: int, k: int, n: int) -> Call:
+    """Int8DynamicActivationInt8WeightConfig under torch.compile; the same codes and scales as all others."""
+    o = linear_operands(m, k, n)
+    template, linear = _torchao(m, k, n)
+    options = {"act_quant_kwargs": template.act_quant_kwargs, "reduce_range": template.reduce_range}
+    weight = type(template)(o.weight.clone(), o.scale[:, None].clone(), [1, k], torch.float32, **options)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return linear(o.x, weight, o.bias)
+
+    call()  # compiles: no time of the layer's
+    return call
+
+
+@peer(
+    "int8_linear",
+    "ONNX Runtime dynamic",
+    kind="fused",
+    compute="int8",
+    weight_bytes=int8_bytes,
+    check=_check_float(0.05),
+    available=package_missing("onnxruntime", "onnx"),
+    mallocs=DEFAULT,
+)
+def onnxruntime_linear(m: int, k: int, n: int) -> Call:
+    """One DynamicQuantizeMatMul (u8 activations per tensor, s8 weights per channel, bias), bound to its memory."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    o = linear_operands(m, k, n)
+    assert o.bias is not None
+    constants = {
+        "weight": o.weight.t().contiguous(),
+        "scale": o.scale,
+        "zero_point": torch.zeros(n, dtype=torch.int8),
+        "bias": o.bias,
+    }
+    node = helper.make_node("DynamicQuantizeMatMul", ["x", *constants], ["y"], domain="com.microsoft")
+    graph = helper.make_graph(
+        [node],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [m, k])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [m, n])],
+        [numpy_helper.from_array(value.numpy(), name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    y = torch.empty(m, n)
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", o.x.numpy())
+    binding.bind_output("y", "cpu", 0, y.numpy().dtype, y.shape, y.data_ptr())
+
+    def call() -> Tensor:
+        session.run_with_iobinding(binding)
+        return y
+
+    return call
+
+
+@peer(
+    "int8_linear",
+    "OpenVINO static",
+    kind="fused",
+    compute="int8",
+    weight_bytes=int8_bytes,
+    check=_check_float(0.05),
+    available=package_missing("openvino"),
+    mallocs=DEFAULT,
+)
+def openvino_linear(m: int, k: int, n: int) -> Call:
+    """Activations to u8 by the range they are known to have, weights s8 times a scale per channel, bias."""
+    import openvino
+    from openvino import opset13 as op
+
+    o = linear_operands(m, k, n)
+    assert o.bias is not None
+    x = op.parameter([m, k], openvino.Type.f32)
+    low, high = (value.numpy() for value in o.x.aminmax())
+    codes = op.fake_quantize(x, low, high, low, high, 256)
+    weight = op.multiply(
+        op.convert(op.constant(o.weight.numpy()), openvino.Type.f32), op.constant(o.scale[:, None].numpy())
+    )
+    y = op.add(op.matmul(codes, weight, False, True), op.constant(o.bias.numpy()))
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": False,
+    }
+    compiled = openvino.Core().compile_model(openvino.Model([y], [x]), "CPU", settings)
+    request = compiled.create_infer_request()
+    out = torch.empty(m, n)
+    request.set_input_tensor(openvino.Tensor(o.x.numpy(), shared_memory=True))
+    request.set_output_tensor(openvino.Tensor(out.numpy(), shared_memory=True))
+
+    def call() -> Tensor:
+        request.infer()
+        return out
+
+    return call
+
+
+@peer(
+    "int8_linear",
     "torch fp32",
     kind="fp32",
     compute="fp32",
     weight_bytes=fp32_bytes,
     check=_check_float(1e-4),
+    mallocs=DEFAULT,
 )
 @peer(
     "int8_linear",
@@ -245,7 +426,7 @@ def bare_int_mm(m: int, k: int, n: int) -> Call:
     check=_check_float(1e-4),
     env={"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
     beyond_avx2=True,
-    mallocs=("default",),
+    mallocs=DEFAULT,
 )
 def fp32_linear(m: int, k: int, n: int, bias: int = 1) -> Call:
     o = linear_operands(m, k, n, bias)
@@ -263,8 +444,78 @@ peer(
     available=fastsparse_missing,
     env={"FASTSPARSE_ISA": "avx2"},
     beyond_avx2=True,
-    mallocs=("default",),
+    mallocs=DEFAULT,
 )(ours)
+
+
+# ---- 40 layers in turn: the weights are read from DRAM ----
+
+
+def layers_bytes(m: int, k: int, n: int) -> int:
+    return LAYERS * int8_bytes(m, k, n)
+
+
+def layers(build: Callable[..., Call]) -> Callable[..., Call]:
+    """One call runs LAYERS copies of the layer on the same x; its result is the last one's."""
+
+    def build_layers(m: int, k: int, n: int) -> Call:
+        calls = [build(m, k, n) for _ in range(LAYERS)]
+
+        def call() -> Any:
+            for layer in calls:
+                y = layer()
+            return y
+
+        return call
+
+    return build_layers
+
+
+case(
+    "int8_linear 40 layers",
+    shapes=[{"m": m, "k": 4096, "n": 4096} for m in (1, 16)],
+    unit="GOP/s",
+    work=lambda m, k, n: LAYERS * work(m, k, n),
+    quick=lambda **_: False,
+    compute="int8",
+    weight_bytes=layers_bytes,
+    check=check_ours,
+    available=fastsparse_missing,
+    mallocs=DEFAULT,
+)(layers(ours))
+
+peer(
+    "int8_linear 40 layers",
+    "fastsparse, two threads",
+    kind="threads",
+    compute="int8",
+    weight_bytes=layers_bytes,
+    check=check_ours,
+    available=fastsparse_missing,
+    mallocs=DEFAULT,
+    threads=2,
+)(layers(ours))
+
+peer(
+    "int8_linear 40 layers",
+    "torch onednn dynamic",
+    kind="fused",
+    compute="int8",
+    weight_bytes=layers_bytes,
+    check=_check_float(0.05),
+    available=engine_missing("onednn"),
+    mallocs=DEFAULT,
+)(layers(torch_dynamic("onednn")))
+
+peer(
+    "int8_linear 40 layers",
+    "torch._int_mm",
+    kind="bare",
+    compute="int8",
+    weight_bytes=layers_bytes,
+    check=check_bare,
+    mallocs=DEFAULT,
+)(layers(bare_int_mm))
 
 
 # ---- int8_mm ----
@@ -305,7 +556,13 @@ def fp32_mm(m: int, k: int, n: int) -> Call:
 # ---- the fixed cost of a call: 16x16 is no work ----
 
 
-@case("call_cost", shapes=SMALL, check=check_ours, available=fastsparse_missing, kernel_time=linear_kernel_time)
+@case(
+    "call_cost",
+    shapes=SMALL,
+    check=check_ours,
+    available=fastsparse_missing,
+    kernel_time=linear_kernel_time,
+)
 def ours_small(m: int, k: int, n: int, bias: int) -> Call:
     from fastsparse import ops
 
