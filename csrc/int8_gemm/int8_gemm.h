@@ -90,10 +90,11 @@ struct PackArgs {
 struct TileArgs {
   const uint8_t* panel;  // row 0 of the tile, block 0
   int64_t block_stride;
-  int64_t rows;          // 1 .. max_rows; the panel has row_step * ceil(rows / row_step)
-  const int8_t* weight;  // first column panel
-  int64_t panel_stride;  // bytes between column panels: 16 * Kp
-  int64_t columns;       // a multiple of 16, at most columns_for(rows)
+  int64_t rows;           // 1 .. max_rows; the panel has row_step * ceil(rows / row_step)
+  const int8_t* weight;   // first column panel
+  const int8_t* widened;  // what widen_weights() made of it, or null
+  int64_t panel_stride;   // bytes between column panels: 16 * Kp
+  int64_t columns;        // a multiple of 16, at most columns_for(rows)
   const int32_t* column_sum;
   int32_t offset;
   const int32_t* start;  // [columns], as enter() wrote it
@@ -140,6 +141,9 @@ struct Kernels {
   // the sums of n columns start from, long before a tile reads it.
   void (*enter)(const int32_t* column_sum, int64_t n, int32_t offset, int32_t* start);
   void (*leave)();
+  // A column panel of k_steps as the tile reads it fastest, twice as large: worth it where many tiles share it. Null:
+  // nothing is faster than the panel itself.
+  void (*widen_weights)(const int8_t* panel, int64_t k_steps, int8_t* out);
 };
 
 // One per ISA file (cpu/<level>.cpp).

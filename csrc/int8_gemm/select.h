@@ -26,6 +26,9 @@ inline int64_t columns_for(const Kernels& k, int64_t rows) {
   return rows <= k.few_rows ? k.few_columns : k.many_columns;
 }
 
+// Row tiles from which on a column panel is widened once for all of them: widening costs what it saves three tiles.
+inline constexpr int64_t kTilesToWiden = 5;
+
 // Rows of x that are quantized and multiplied at a time: the A panel must stay in L2 beside two column panels.
 int64_t chunk_rows(const Kernels& kernels, int64_t m, int64_t k);
 

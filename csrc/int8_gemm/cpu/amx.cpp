@@ -157,7 +157,21 @@ void pack(const PackArgs& a) { kAvx512.pack(a); }
 
 }  // namespace
 
-const Kernels fs::int8_gemm::kAmx = {
-    "amx",           fs::isa::Level::amx, fs::isa::kLevelAmx, 1,      128,   2 * kTileRows, kTileRows, kTileRows,
-    kMaxTileColumns, 2 * kPanelColumns,   &quantize,          &widen, &tile, &epilogue,     &pack,     &enter,
-    &leave};
+const Kernels fs::int8_gemm::kAmx = {"amx",
+                                     fs::isa::Level::amx,
+                                     fs::isa::kLevelAmx,
+                                     1,
+                                     128,
+                                     2 * kTileRows,
+                                     kTileRows,
+                                     kTileRows,
+                                     kMaxTileColumns,
+                                     2 * kPanelColumns,
+                                     &quantize,
+                                     &widen,
+                                     &tile,
+                                     &epilogue,
+                                     &pack,
+                                     &enter,
+                                     &leave,
+                                     nullptr};

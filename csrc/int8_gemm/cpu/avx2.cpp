@@ -2,9 +2,10 @@
 // Idea     vpmaddwd on s16 cannot saturate (vpmaddubsw does): x is widened to s16 once, in its panel; weights are
 //          widened as they are loaded (vpmovsxbw) from the same vnni16 layout that AVX-512 reads.
 // Tile     6 rows x 8 columns: an accumulator holds 4 columns x 2 partial sums, so 12 + 2 weights + 1 x of 16
-// registers.
-//          Few rows: 3 x 16, weights consumed as they come.
-// Reads    16 bytes of weights = 4 columns x 4 k; x by vpbroadcastq, 4 k of one row.
+//          registers. Few rows: 3 x 16, weights consumed as they come.
+// Reads    16 bytes of weights = 4 columns x 4 k; x by vpbroadcastq, 4 k of one row. From 5 tiles on that share a
+// column
+//          panel its weights are widened once, ahead of them: the unpacking shares the ports of the products.
 // Tails    n: the caller copies only its columns; k: weights are zero-padded; m: smaller instances.
 // Bound    one vpmaddwd + one vpaddd per 16 products. Where vpmaddwd runs at the rate of FMA (Intel): 1.5x the FMA
 //          ceiling; where it runs on one 128-bit pipe (Zen 1) or at half the FMA rate (Zen 2): 1.0x.
@@ -110,12 +111,22 @@ inline __m256i broadcast4(const uint8_t* a) {  // 4 k of one row, for 4 columns
   return _mm256_set1_epi64x(four);
 }
 
+// Nothing of the next row comes before these sums: gcc 12 may broadcast and multiply all rows of a step first, and has
+// no registers left for half of the sums.
+inline void settle(Vecs<0>&) {}
+template <int kVecs>
+inline void settle(Vecs<kVecs>& s) {
+  settle(s.rest);
+  asm volatile("" : "+x"(s.v)::"memory");
+}
+
 template <int kVecs>
 inline void step(Sums<0, kVecs>&, const Vecs<kVecs>&, const uint8_t*) {}
 template <int kCount, int kVecs>
 inline void step(Sums<kCount, kVecs>& s, const Vecs<kVecs>& b, const uint8_t* a) {
   step(s.above, b, a);
   multiply_add(s.row, b, broadcast4(a + (kCount - 1) * kRowStride));
+  if constexpr (kVecs == 2) settle(s.row);  // few rows: their weights are consumed as they come
 }
 
 template <int kVecs>
@@ -126,11 +137,61 @@ inline void finish(const Sums<kCount, kVecs>& s, const int32_t* column_sum, __m2
   finish(s.row, column_sum, offset, acc + (kCount - 1) * kMaxTileColumns);
 }
 
+// Weights that widen_weights() wrote.
+inline void load_widened(Vecs<0>&, const int8_t*) {}
+template <int kVecs>
+inline void load_widened(Vecs<kVecs>& b, const int8_t* w) {
+  load_widened(b.rest, w);
+  b.v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * (kVecs - 1)));
+}
+
+constexpr int64_t kBlockSteps = kBlockBytes / Panel::kBytes / kStepK;
+constexpr int kHalf = 8;                                        // columns that are widened side by side
+constexpr int64_t kHalfBytes = kHalf * kStepK * Panel::kBytes;  // of a step
+
+// One column panel as s16: its first 8 columns for all k, then the others.
+void widen_weights(const int8_t* panel, int64_t k_steps, int8_t* out) {
+  for (int64_t half = 0; half < kPanelColumns / kHalf; ++half) {
+    const int8_t* w = panel + half * kHalf * kStepK;
+    for (int64_t i = 0; i < k_steps; ++i, w += kPanelColumns * kStepK, out += kHalfBytes) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), widened_weights(w));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), widened_weights(w + 16));
+    }
+  }
+}
+
+// A column panel from widened weights, 8 columns at a time; the next one comes to L2 meanwhile.
+template <int kCount>
+void tile_widened(const TileArgs& t) {
+  const __m256i offset = _mm256_set1_epi32(t.offset);
+  const int8_t* w = t.widened;
+  const int8_t* next = t.prefetch_next == nullptr ? t.widened : t.prefetch_next;
+  const int64_t steps_of_all = kPanelColumns / kHalf * t.k_steps;
+  const int64_t ahead =
+      t.prefetch_next == nullptr || t.k_steps == 0 ? 0 : (t.prefetch_bytes + steps_of_all - 1) / steps_of_all;
+  for (int64_t n = 0; n < kPanelColumns; n += kHalf) {
+    const uint8_t* block = t.panel;
+    Sums<kCount, 2> sums;
+    clear(sums);
+    for (int64_t left = t.k_steps; left > 0; left -= kBlockSteps, block += t.block_stride) {
+      const int64_t steps = left < kBlockSteps ? left : kBlockSteps;
+      const uint8_t* a = block;
+      for (int64_t i = 0; i < steps; ++i, a += kStepK * Panel::kBytes, w += kHalfBytes) {
+        _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+        next += ahead;
+        Vecs<2> b;
+        load_widened(b, w);
+        step(sums, b, a);
+      }
+    }
+    finish(sums, t.column_sum + n, offset, t.acc + n);
+  }
+}
+
 // All columns of the call, 4 * kVecs at a time.
 template <int kCount, int kVecs>
 void tile_of(const TileArgs& t) {
   constexpr int kColumns = 4 * kVecs;
-  constexpr int64_t kBlockSteps = kBlockBytes / Panel::kBytes / kStepK;
   const __m256i offset = _mm256_set1_epi32(t.offset);
   for (int64_t n = 0; n < t.columns; n += kColumns) {
     const int8_t* w = t.weight + n / kPanelColumns * t.panel_stride + n % kPanelColumns * kStepK;
@@ -156,9 +217,9 @@ void tile(const TileArgs& t) {
     case 1: return tile_of<1, 4>(t);
     case 2: return tile_of<2, 4>(t);
     case 3: return tile_of<3, 4>(t);
-    case 4: return tile_of<4, 2>(t);
-    case 5: return tile_of<5, 2>(t);
-    default: return tile_of<6, 2>(t);
+    case 4: return t.widened ? tile_widened<4>(t) : tile_of<4, 2>(t);
+    case 5: return t.widened ? tile_widened<5>(t) : tile_of<5, 2>(t);
+    default: return t.widened ? tile_widened<6>(t) : tile_of<6, 2>(t);
   }
 }
 
@@ -180,4 +241,5 @@ const Kernels fs::int8_gemm::kAvx2 = {"avx2",
                                       &epilogue,
                                       &pack,
                                       nullptr,
-                                      nullptr};
+                                      nullptr,
+                                      &widen_weights};

@@ -282,4 +282,5 @@ const Kernels fs::int8_gemm::kAvx512 = {"avx512",
                                         &epilogue,
                                         &pack,
                                         nullptr,
+                                        nullptr,
                                         nullptr};

@@ -308,4 +308,5 @@ const Kernels fs::int8_gemm::kAvxVnni = {"avxvnni",
                                          &epilogue,
                                          &pack,
                                          nullptr,
+                                         nullptr,
                                          nullptr};

@@ -30,7 +30,8 @@ struct ChunkScratch {
   int32_t* acc;
   int32_t* start;
 
-  uint8_t* rest;  // `extra` bytes, at a multiple of 64
+  int8_t* widened;  // a column panel as widen_weights() writes it
+  uint8_t* rest;    // `extra` bytes, at a multiple of 64
 
   ChunkScratch(const Kernels& kernels, int64_t rows, int64_t k, int64_t columns, int64_t extra = 0) {
     const int64_t blocks = std::max<int64_t>(ceil_div(vnni16::padded_k(k) * kernels.panel_bytes, kBlockBytes), 1);
@@ -39,11 +40,13 @@ struct ChunkScratch {
     const int64_t scale_bytes = round_up(rows * static_cast<int64_t>(sizeof(float)), 64);
     const int64_t acc_bytes = kMaxTileRows * kMaxTileColumns * static_cast<int64_t>(sizeof(int32_t));
     const int64_t start_bytes = kernels.enter == nullptr ? 0 : round_up(columns, kPanelColumns) * 4;
-    panel = scratch(static_cast<size_t>(panel_bytes + scale_bytes + acc_bytes + start_bytes + extra));
+    const int64_t widened_bytes = kernels.widen_weights == nullptr ? 0 : 2 * kPanelColumns * vnni16::padded_k(k);
+    panel = scratch(static_cast<size_t>(panel_bytes + scale_bytes + acc_bytes + start_bytes + widened_bytes + extra));
     scale = reinterpret_cast<float*>(panel + panel_bytes);
     acc = reinterpret_cast<int32_t*>(panel + panel_bytes + scale_bytes);
     start = reinterpret_cast<int32_t*>(panel + panel_bytes + scale_bytes + acc_bytes);
-    rest = panel + panel_bytes + scale_bytes + acc_bytes + start_bytes;
+    widened = reinterpret_cast<int8_t*>(panel + panel_bytes + scale_bytes + acc_bytes + start_bytes);
+    rest = panel + panel_bytes + scale_bytes + acc_bytes + start_bytes + widened_bytes;
   }
 };
 
@@ -62,12 +65,16 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
     const int64_t columns = std::min(width, n_padded - n);
     const int8_t* weight = w.data + n / kPanelColumns * stride;
     const int64_t next_columns = std::min(width, n_padded - n - columns);
+    // One panel at a time: rows that are many enough have tiles of one.
+    const bool widen = kernels.widen_weights != nullptr && tiles >= kTilesToWiden && columns == kPanelColumns;
+    if (widen) kernels.widen_weights(weight, vnni16::padded_k(w.k) / kStepK, s.widened);
     for (int64_t row = 0; row < rows; row += tile_rows) {
       TileArgs t;
       t.panel = s.panel + row * kRowStride;
       t.block_stride = s.block_stride;
       t.rows = std::min(tile_rows, rows - row);
       t.weight = weight;
+      t.widened = widen ? s.widened : nullptr;
       t.panel_stride = stride;
       t.columns = columns;
       t.column_sum = w.column_sum + n;

@@ -63,4 +63,5 @@ const Kernels fs::int8_gemm::kScalar = {"scalar",
                                         &epilogue,
                                         nullptr,
                                         nullptr,
+                                        nullptr,
                                         nullptr};
