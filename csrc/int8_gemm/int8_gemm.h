@@ -37,6 +37,7 @@
 #include "../runtime/activation.h"
 #include "../runtime/dtype.h"
 #include "../runtime/features.h"
+#include "weight_only.h"
 
 namespace fs::int8_gemm {
 
@@ -140,6 +141,7 @@ struct Kernels {
   // the sums of n columns start from, long before a tile reads it.
   void (*enter)(const int32_t* column_sum, int64_t n, int32_t offset, int32_t* start);
   void (*leave)();
+  const WeightOnlyKernels* weight_only;  // weight_only_linear: weight_only.h
 };
 
 // One per ISA file (cpu/<level>.cpp).

@@ -164,6 +164,8 @@ void tile(const TileArgs& t) {
 
 }  // namespace
 
+#include "weight_only_avx2.inl"
+
 const Kernels fs::int8_gemm::kAvx2 = {"avx2",
                                       fs::isa::Level::avx2,
                                       fs::isa::kLevelAvx2,
@@ -180,4 +182,5 @@ const Kernels fs::int8_gemm::kAvx2 = {"avx2",
                                       &epilogue,
                                       &pack,
                                       nullptr,
-                                      nullptr};
+                                      nullptr,
+                                      &weight_only};

@@ -47,6 +47,8 @@ void tile(const TileArgs& t) {
 
 }  // namespace
 
+#include "weight_only_scalar.inl"
+
 const Kernels fs::int8_gemm::kScalar = {"scalar",
                                         fs::isa::Level::scalar,
                                         fs::isa::kLevelScalar,
@@ -63,4 +65,5 @@ const Kernels fs::int8_gemm::kScalar = {"scalar",
                                         &epilogue,
                                         nullptr,
                                         nullptr,
-                                        nullptr};
+                                        nullptr,
+                                        &weight_only};
