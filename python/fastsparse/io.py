@@ -30,7 +30,6 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from fastsparse import ops
 from fastsparse.nn import Int8Linear, SparseLinear, WeightOnlyLinear
 from fastsparse.nn._packed import PackedLinear
 from fastsparse.ops._packs import repack

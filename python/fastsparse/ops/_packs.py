@@ -25,11 +25,12 @@ def pack(
     Args:
         weight: int8 [N, K] for `int8_linear`; float32 [N, K], dense or torch.sparse_csr, for `sparse_linear`, of which
             exactly what is zero is left out (a zero that a csr tensor holds explicitly, too); float16 or bfloat16
-            [N, K] with at most 2 of every 4 consecutive k not zero (2:4), for `sparse_linear` on CUDA. 4-bit codes [N, K]
-            for `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
-        format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h). float32: "bitmap32", "sell16" or "panels128"
-            (csrc/sparse_matmul/formats/sparse.h). float16, bfloat16: "nm24" (formats/nm24.h there). "auto": vnni16,
-            nm24, or what was measured to be the fastest for the density and `rows`.
+            [N, K] with at most 2 of every 4 consecutive k not zero (2:4), for `sparse_linear` on CUDA. 4-bit codes
+            [N, K] for `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
+        format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h). uint8: "u4".
+            float32: "bitmap32", "sell16" or "panels128" (csrc/sparse_matmul/formats/sparse.h). float16, bfloat16:
+            "nm24" (formats/nm24.h there). "auto": vnni16, u4 (uint8), nm24, or what was measured to be the fastest for
+            the density and `rows`.
         rows: rows of x to be expected; None: many. Every format serves any number, at its own speed.
         scale: u4: float16 [N, ceil(K / group_size)]. zero_point: u4 of uint8 codes: uint8 of the same shape.
         group_size: u4: 32, 64 or 128.
@@ -64,7 +65,10 @@ def pack(
 
 
 def unpack(pack: Tensor) -> Tensor:
-    """The inverse of `pack`: [N, K] of the weight's dtype, dense; of u4 packs the codes (`unpack_scales`). Raises ValueError for anything that is not a pack."""
+    """The inverse of `pack`: [N, K] of the weight's dtype, dense; of u4 packs the codes (`unpack_scales` the rest).
+
+    Raises ValueError for anything that is not a pack.
+    """
     header = describe(pack)
     if header["format"] == "u4":
         return int8_gemm.unpack_u4(pack, header)

@@ -216,8 +216,8 @@ def quantize_groups(weight: Tensor, group_size: int, symmetric: bool = True) -> 
         symmetric: False for zero points.
 
     Returns:
-        What `pack(codes, "u4", scale=..., zero_point=..., group_size=...)` takes: codes int8 in [-8, 7] (uint8 in [0, 15]
-        if affine) [N, K], scale float16 [N, groups], zero_point uint8 [N, groups] or None.
+        What `pack(codes, "u4", scale=..., zero_point=..., group_size=...)` takes: codes int8 in [-8, 7] (uint8 in
+        [0, 15] if affine) [N, K], scale float16 [N, groups], zero_point uint8 [N, groups] or None.
 
     Raises:
         ValueError: another group size, a NaN or an infinity in the weight, or a value whose scale float16 can't hold.
@@ -236,11 +236,8 @@ def quantize_groups(weight: Tensor, group_size: int, symmetric: bool = True) -> 
         lowest = highest = padded.new_zeros(n, groups)
     else:
         lowest, highest = padded.amin(-1).clamp_max(0), padded.amax(-1).clamp_min(0)
-    if symmetric:
-        scale = torch.where(highest > -lowest, highest, lowest) / -8.0
-    else:
-        scale = (highest - lowest) / 15.0
-    scale = scale.half()
+    extreme = torch.where(highest > -lowest, highest, lowest)
+    scale = (extreme / -8.0 if symmetric else (highest - lowest) / 15.0).half()
     if not bool(torch.isfinite(scale).all()):
         raise ValueError("quantize_groups: weight must have scales that float16 holds, got one beyond 65504")
     inverse = torch.where(scale == 0, 0.0, 1.0 / scale.float())
@@ -437,7 +434,8 @@ def _weight_only_shape(
         known = weight_scale if weight_scale is not None else bias
         if known is None:
             raise ValueError(
-                "weight_only_linear: out_features must be given where bias is None and the pack can't be read (compiled)"
+                "weight_only_linear: out_features must be given where bias is None and the pack can't be read "
+                "(compiled)"
             )
         n = known.shape[0]
     return x.new_empty((*x.shape[:-1], n))

@@ -119,7 +119,9 @@ def weight_only_linear(
         scale = scale[:, None].expand(n, groups)
     values = codes.double()
     points = torch.zeros(n, groups) if zero_point is None else zero_point
-    values = torch.nn.functional.pad(values, (0, groups * size - k)).reshape(n, groups, size) - points.double()[..., None]
+    values = (
+        torch.nn.functional.pad(values, (0, groups * size - k)).reshape(n, groups, size) - points.double()[..., None]
+    )
     # What was padded to meets x codes of zero.
     sums = torch.einsum("mgk,ngk->mng", x_codes.double(), values)
     y = (sums * (x_scale.squeeze(-1)[:, None, :] * scale.float()[None]).double()).sum(-1)
