@@ -354,6 +354,30 @@ def int8_call(context: Context) -> list[Part]:
     ]
 
 
+WEIGHT_ONLY_WEIGHTS = ((4096, 4096), (4096, 11008))  # (K, N)
+
+
+def _int4_over_int8(group: int) -> Callable[[Context], list[Part]]:
+    """int8_linear's time over that of 4-bit weights, one row, from DRAM."""
+
+    def parts(context: Context) -> list[Part]:
+        def ratio(r: Row) -> float | None:
+            int8 = find(context.rows, r, "fastsparse int8_linear")
+            return int8.median / r.median if int8 is not None and int8.right else None
+
+        return [
+            _part(
+                f"K={k} N={n}",
+                context.ours("weight_only_linear from DRAM", m=1, k=k, n=n, bits=4, group=group),
+                ratio,
+                "no right int8 figure",
+            )
+            for k, n in WEIGHT_ONLY_WEIGHTS
+        ]
+
+    return parts
+
+
 # ---- qdq ----
 
 QDQ_SHAPES = tuple(((1 << 24) // k, k) for k in (768, 4096, 11008))  # (M, K)
@@ -560,6 +584,17 @@ BARS: tuple[Bar, ...] = (
         at_most=1.2,
         condition=one_thread,
         noise=NOISE,
+    ),
+    *(
+        Bar(
+            f"int4-g{group}",
+            "int8_gemm",
+            f"weight_only_linear, one thread, M = 1 from DRAM, 4 bits in groups of {group}: ratio to int8_linear",
+            _int4_over_int8(group),
+            at_least=goal,
+            condition=vnni512,
+        )
+        for group, goal in ((32, 1.66), (64, 1.76), (128, 1.83))
     ),
     Bar(
         "qdq-token",

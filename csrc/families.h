@@ -34,6 +34,10 @@ FASTSPARSE_API void spoil_kernel(const std::string& family, const std::string& n
 // Bench hook of int8_gemm: seconds per call of the kernel alone, float32, over `copies` weights in turn.
 FASTSPARSE_API double time_int8_linear(int64_t m, int64_t n, int64_t k, int64_t repeats, int64_t copies);
 
+// The same for weight_only_linear: bits 8, or 4 (symmetric) with a group.
+FASTSPARSE_API double time_weight_only_linear(int64_t m, int64_t n, int64_t k, int64_t bits, int64_t group,
+                                              int64_t repeats, int64_t copies);
+
 // Bench hook of kl_loss: seconds per forward with gradient, float32, into memory that is there.
 FASTSPARSE_API double time_kl_div(int64_t rows, int64_t classes, int64_t repeats);
 

@@ -47,6 +47,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("time_int8_linear", &fs::time_int8_linear, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("repeats"),
         py::arg("copies") = 1, py::call_guard<py::gil_scoped_release>(),
         "Seconds per call of the int8_linear kernel alone (no dispatcher), float32, over `copies` weights in turn.");
+  m.def("time_weight_only_linear", &fs::time_weight_only_linear, py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("bits"), py::arg("group"), py::arg("repeats"), py::arg("copies") = 1,
+        py::call_guard<py::gil_scoped_release>(),
+        "The same for weight_only_linear: bits 8, or 4 with a group of 32, 64 or 128.");
   m.def("time_kl_div", &fs::time_kl_div, py::arg("rows"), py::arg("classes"), py::arg("repeats"),
         py::call_guard<py::gil_scoped_release>(),
         "Seconds per forward and gradient of kl_div alone (no dispatcher, no allocation), float32.");

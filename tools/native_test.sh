@@ -26,7 +26,7 @@ compile "csrc/$family/cpu/avx512.cpp" -fno-exceptions $avx2 -mavx512f -mavx512bw
 amx="csrc/$family/cpu/amx.cpp"
 # shellcheck disable=SC2086
 [ ! -e "$amx" ] || compile "$amx" -fno-exceptions $avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mamx-tile -mamx-int8
-for source in csrc/runtime/isa.cpp csrc/"$family"/select.cpp csrc/"$family"/formats/*.cpp csrc/"$family"/cpu/launch.cpp "tests/native/$family.cpp"; do
+for source in csrc/runtime/isa.cpp csrc/"$family"/select.cpp csrc/"$family"/formats/*.cpp csrc/"$family"/cpu/*launch.cpp "tests/native/$family.cpp"; do
   [ ! -e "$source" ] || compile "$source"  # not every family has a format
 done
 "$cxx" -static "$objects"/*.o -o "$out"

@@ -579,3 +579,234 @@ peer(
     check=_check_float(0.05),
     available=engine_missing("x86"),
 )(torch_dynamic("x86"))
+
+
+# ---- weight_only_linear: 8 bits per channel (group 0) and 4 bits in groups, few rows ----
+
+WEIGHT_ONLY = [
+    {"m": m, "k": k, "n": n, "bits": bits, "group": group}
+    for k, n in ((768, 3072), (4096, 4096), (4096, 11008))
+    for m in (1, 4, 16)
+    for bits, group in ((8, 0), (4, 32), (4, 64), (4, 128))
+]
+# One row, weights in turn that no cache holds: what the family is for. A shared L3 may be larger than any share of it
+# that one can have, so the set is given in bytes.
+FROM_DRAM = [shape for shape in WEIGHT_ONLY if shape["m"] == 1 and shape["k"] == 4096]
+DRAM_SET_BYTES = 1_100_000_000
+
+
+class WeightOnly(NamedTuple):
+    """The operands; codes of 4 bits lie in [-8, 7]."""
+
+    x: Tensor  # f32[M, K]
+    codes: Tensor  # s8[N, K]
+    scale: Tensor  # f32[N], or f16[N, groups] for 4 bits
+    bias: Tensor  # f32[N]
+
+    def dense(self, group: int) -> Tensor:
+        """The weight in float32."""
+        if group == 0:
+            return self.codes.float() * self.scale[:, None]
+        return self.codes.float() * self.scale.float().repeat_interleave(group, 1)[:, : self.codes.shape[1]]
+
+
+@functools.lru_cache(maxsize=1)
+def weight_only_operands(m: int, k: int, n: int, bits: int, group: int) -> WeightOnly:
+    g = torch.Generator().manual_seed(m * 1_000_003 + k * 1_009 + n + bits)
+    top = 1 << (bits - 1)
+    codes = torch.randint(-top, top, (n, k), dtype=torch.int8, generator=g)
+    scale = (torch.rand(n, max(-(-k // group) if group else 1, 1), generator=g) + 0.5) / (0.58 * top * k**0.5)
+    return WeightOnly(
+        torch.randn(m, k, generator=g),
+        codes,
+        scale.half() if group else scale.squeeze(1),
+        torch.randn(n, generator=g),
+    )
+
+
+def weight_only_work(m: int, k: int, n: int, bits: int, group: int) -> float:
+    return work(m, k, n)
+
+
+def weight_only_bytes(m: int, k: int, n: int, bits: int, group: int) -> int:
+    return n * k * bits // 8 + (2 * n * -(-k // group) if group else 0)
+
+
+def check_weight_only(got: Tensor, m: int, k: int, n: int, bits: int, group: int) -> Check:
+    from fastsparse import reference
+
+    o = weight_only_operands(m, k, n, bits, group)
+    want = reference.weight_only_linear(o.x, o.codes, o.scale, o.bias, group_size=group or None)
+    return Check(_relative(got, want), 1e-5, "relative to the oracle, Frobenius norm")
+
+
+def _check_dense(tolerance: float) -> Callable[..., Check]:
+    def check(got: Tensor, m: int, k: int, n: int, bits: int, group: int) -> Check:
+        o = weight_only_operands(m, k, n, bits, group)
+        want = o.x.double() @ o.dense(group).double().t() + o.bias.double()
+        return Check(_relative(got, want), tolerance, "relative to float64 with x as it is, Frobenius norm")
+
+    return check
+
+
+def weight_only_kernel_time(repeats: int, copies: int, m: int, k: int, n: int, bits: int, group: int) -> float | None:
+    from fastsparse import _C
+
+    return float(_C.time_weight_only_linear(m, n, k, bits, group, repeats, copies))
+
+
+@case(
+    "weight_only_linear",
+    shapes=WEIGHT_ONLY,
+    unit="GOP/s",
+    work=weight_only_work,
+    quick=lambda m, k, n, bits, group: (k, n, group) == (768, 3072, 64),
+    compute="int8",
+    weight_bytes=weight_only_bytes,
+    check=check_weight_only,
+    available=fastsparse_missing,
+    kernel_time=weight_only_kernel_time,
+)
+def ours_weight_only(m: int, k: int, n: int, bits: int, group: int) -> Call:
+    from fastsparse import ops
+
+    o = weight_only_operands(m, k, n, bits, group)
+    if bits == 8:
+        pack = ops.pack(o.codes, "vnni16")
+        return lambda: ops.weight_only_linear(o.x, pack, o.bias, None, o.scale)
+    pack = ops.pack(o.codes, "u4", scale=o.scale, group_size=group)
+    return lambda: ops.weight_only_linear(o.x, pack, o.bias)
+
+
+def int8_in_its_place(m: int, k: int, n: int, bits: int, group: int) -> Call:
+    """int8_linear: the same weight, rounded to 8 bits per channel where it has 4."""
+    from fastsparse import ops, reference
+
+    o = weight_only_operands(m, k, n, bits, group)
+    codes, scale = (o.codes, o.scale) if bits == 8 else reference.quantize_weight(o.dense(group))
+    pack = ops.pack(codes, "vnni16")
+    return lambda: ops.int8_linear(o.x, pack, scale, o.bias)
+
+
+def fp32_in_its_place(m: int, k: int, n: int, bits: int, group: int) -> Call:
+    o = weight_only_operands(m, k, n, bits, group)
+    weight = o.dense(group)
+    return lambda: functional.linear(o.x, weight, o.bias)
+
+
+def int8_in_its_place_bytes(m: int, k: int, n: int, bits: int, group: int) -> int:
+    return n * k
+
+
+def onnxruntime_missing() -> str | None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except Exception as e:
+        return f"onnxruntime and onnx can't be imported: {e}"
+    return None
+
+
+def onnxruntime_matmul_nbits(m: int, k: int, n: int, bits: int, group: int) -> Call:
+    """MatMulNBits at accuracy level 4 (x rounded to int8 in blocks), symmetric, float32 scales, fused bias."""
+    import numpy as np
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    if bits != 4:
+        raise ValueError("MatMulNBits is measured with 4 bits alone")
+    o = weight_only_operands(m, k, n, bits, group)
+    nibbles = (o.codes + 8).to(torch.uint8).numpy().reshape(n, k // group, group)
+    packed = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+    constants = {
+        "B": packed,
+        "scales": o.scale.float().numpy().reshape(n, -1),
+        "bias": o.bias.numpy(),
+    }
+    node = helper.make_node(
+        "MatMulNBits",
+        ["A", "B", "scales", "", "", "bias"],
+        ["Y"],
+        domain="com.microsoft",
+        K=k,
+        N=n,
+        bits=4,
+        block_size=group,
+        accuracy_level=4,
+    )
+    graph = helper.make_graph(
+        [node],
+        "linear",
+        [helper.make_tensor_value_info("A", TensorProto.FLOAT, [m, k])],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [m, n])],
+        [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    y = torch.empty(m, n)
+    binding = session.io_binding()
+    for bind, name, tensor in ((binding.bind_input, "A", o.x), (binding.bind_output, "Y", y)):
+        bind(name, "cpu", 0, np.float32, list(tensor.shape), tensor.data_ptr())
+
+    def call() -> Tensor:
+        session.run_with_iobinding(binding)
+        return y
+
+    return call
+
+
+peer(
+    "weight_only_linear",
+    "onnxruntime MatMulNBits",
+    compute="int8",
+    weight_bytes=weight_only_bytes,
+    check=_check_dense(0.02),
+    available=onnxruntime_missing,
+)(onnxruntime_matmul_nbits)
+
+
+def in_turn(build: Callable[..., Call], weight_bytes: Callable[..., int]) -> Callable[..., Call]:
+    """A call that goes on to the next of as many weights as fill DRAM_SET_BYTES."""
+
+    def build_all(**shape: int) -> Call:
+        calls = [build(**shape) for _ in range(-(-DRAM_SET_BYTES // weight_bytes(**shape)))]
+        position = -1
+
+        def call() -> Any:
+            nonlocal position
+            position = (position + 1) % len(calls)
+            return calls[position]()
+
+        return call
+
+    return build_all
+
+
+case(
+    "weight_only_linear from DRAM",
+    shapes=FROM_DRAM,
+    unit="GOP/s",
+    work=weight_only_work,
+    quick=lambda m, k, n, bits, group: False,
+    check=check_weight_only,
+    available=fastsparse_missing,
+    mallocs=("default",),
+)(in_turn(ours_weight_only, weight_only_bytes))
+
+for _case, _wrapped in (("weight_only_linear", False), ("weight_only_linear from DRAM", True)):
+    for _name, _kind, _build, _bytes, _tolerance in (
+        ("fastsparse int8_linear", "fused", int8_in_its_place, int8_in_its_place_bytes, 0.02),
+        ("torch fp32", "fp32", fp32_in_its_place, lambda **s: 4 * int8_in_its_place_bytes(**s), 1e-4),
+    ):
+        peer(
+            _case,
+            _name,
+            kind=_kind,  # type: ignore[arg-type]
+            compute=None if _wrapped else "fp32" if _kind == "fp32" else "int8",
+            weight_bytes=None if _wrapped else _bytes,
+            check=_check_dense(_tolerance),
+            mallocs=("default",) if _wrapped else ("default", "keep"),
+        )(in_turn(_build, _bytes) if _wrapped else _build)

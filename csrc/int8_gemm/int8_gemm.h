@@ -37,6 +37,7 @@
 #include "../runtime/activation.h"
 #include "../runtime/dtype.h"
 #include "../runtime/features.h"
+#include "weight_only.h"
 
 namespace fs::int8_gemm {
 
@@ -144,6 +145,7 @@ struct Kernels {
   // A column panel of k_steps as the tile reads it fastest, twice as large: worth it where many tiles share it. Null:
   // nothing is faster than the panel itself.
   void (*widen_weights)(const int8_t* panel, int64_t k_steps, int8_t* out);
+  const WeightOnlyKernels* weight_only;  // weight_only_linear: weight_only.h
 };
 
 // One per ISA file (cpu/<level>.cpp).

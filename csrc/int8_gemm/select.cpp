@@ -73,4 +73,13 @@ bool split_rows(int64_t m, int64_t n, int64_t k) { return m >= 128 || (m >= 16 &
 
 int64_t prefetch_ahead(int64_t n, int64_t k) { return n * k > isa::l2_bytes() ? 1024 : 0; }
 
+// Few rows are what the op is for; more come in chunks whose codes stay in L2.
+int64_t weight_only_rows(const Kernels& kernels, int64_t m) {
+  const int64_t tallest = 4 * kernels.weight_only->max_rows;
+  const int64_t chunks = (m + tallest - 1) / tallest;
+  return (m + chunks - 1) / chunks;
+}
+
+int64_t weight_only_prefetch_ahead(int64_t weight_bytes) { return weight_bytes > isa::l2_bytes() ? 512 : 0; }
+
 }  // namespace fs::int8_gemm

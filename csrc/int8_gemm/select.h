@@ -38,7 +38,11 @@ int64_t packed_columns(int64_t k);
 // True: threads share the rows; false: they share the columns and each quantizes all of x.
 bool split_rows(int64_t m, int64_t n, int64_t k);
 
+// weight_only_linear: rows of x that are quantized and multiplied at a time.
+int64_t weight_only_rows(const Kernels& kernels, int64_t m);
+
 // Bytes that few-row tiles prefetch ahead of their use; 0 where the weights lie in L2.
 int64_t prefetch_ahead(int64_t n, int64_t k);
+int64_t weight_only_prefetch_ahead(int64_t weight_bytes);
 
 }  // namespace fs::int8_gemm

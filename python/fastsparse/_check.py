@@ -84,6 +84,29 @@ def _int8_chain(device: torch.device) -> Case:
             yield f"{what} int8 y", 0.0 if torch.equal(codes, wanted) else float("inf")
 
 
+def _weight_only(device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(1)
+    for i, (m, k, n) in enumerate(_SHAPES):
+        x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
+        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
+        scale = torch.rand(n, generator=generator) * 0.01 + 0.001
+        activation = _ACTIVATIONS[i % len(_ACTIVATIONS)]
+        got = ops.weight_only_linear(
+            x.to(device), ops.pack(codes).to(device), bias.to(device), activation, scale.to(device)
+        )
+        expected = reference.weight_only_linear(x, codes, scale, bias, activation)
+        what = f"weight_only_linear M={m} N={n} K={k}"
+        yield f"{what} int8 {activation}", _error(got.cpu(), expected) / _WEIGHT_ONLY_TOLERANCE
+        weight = torch.randn(n, k, generator=generator)
+        for group, symmetric in itertools.product((32, 64, 128), (True, False)):
+            nibbles, scales, zero_point = ops.quantize_groups(weight, group, symmetric)
+            pack = ops.pack(nibbles, "u4", scale=scales, zero_point=zero_point, group_size=group)
+            got = ops.weight_only_linear(x.to(device), pack.to(device), bias.to(device), activation)
+            expected = reference.weight_only_linear(x, nibbles, scales, bias, activation, zero_point, group)
+            kind = f"int4 in groups of {group}{'' if symmetric else ', zero points'}"
+            yield f"{what} {kind} {activation}", _error(got.cpu(), expected) / _WEIGHT_ONLY_TOLERANCE
+
+
 # (rows, classes): round the group of 16 lanes and the chunk of 1024, and beyond what a row keeps of its exponentials
 _LOGITS = [(1, 1), (3, 5), (2, 16), (2, 17), (5, 1000), (3, 1025), (1, 262149), (0, 7)]
 
@@ -186,11 +209,14 @@ def _qdq(device: torch.device) -> Case:
             yield f"{name} [{m}, {k}] {str(dtype).removeprefix('torch.')} axis {axis}", 0.0 if right else float("inf")
 
 
+# Of the largest value: a float32 rounding each group, of which there are at most 33 in the shapes.
+_WEIGHT_ONLY_TOLERANCE = 3e-6
+
 # Of the largest value: a chain of up to 1030 float32 roundings, which add up as a random walk does.
 _SPARSE_TOLERANCE = 1e-5
 
 CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
-    ("int8_gemm", "cpu"): [_int8_mm, _int8_linear, _int8_chain],
+    ("int8_gemm", "cpu"): [_int8_mm, _int8_linear, _int8_chain, _weight_only],
     ("int8_gemm", "cuda"): [_int8_linear, _int8_chain],
     ("qdq", "cpu"): [_qdq],
     ("qdq", "cuda"): [_qdq],

@@ -5,7 +5,8 @@ The file is plain safetensors that any reader opens. Its `__metadata__` (all str
     format    "fastsparse"
     version   "1"
     modules   JSON: {"encoder.fc1": {"class": "Int8Linear", "in_features": 768, "out_features": 3072, "bias": true,
-              "activation": "gelu"}, ...}: the modules that took the place of a dense layer
+              "activation": "gelu"}, ...}: the modules that took the place of a dense layer; the keys are those of
+              the class's CONFIG
     tied      JSON: {name: name it is stored under}; only where the model ties tensors: each is stored once
     identity  JSON: [name, ...], the model's nn.Identity modules; only where an activation was fused into a layer, since
               nn.Identity then stands in the place of nn.GELU and its like
@@ -29,15 +30,19 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from fastsparse import ops
-from fastsparse.nn import Int8Linear, SparseLinear
+from fastsparse.nn import Int8Linear, SparseLinear, WeightOnlyLinear
 from fastsparse.nn._packed import PackedLinear
+from fastsparse.ops._packs import repack
 
 FORMAT = "fastsparse"
 VERSION = 1
 
 # Each has config(), state_problems() and a constructor that takes its config.
-_CLASSES: dict[str, type[PackedLinear]] = {"Int8Linear": Int8Linear, "SparseLinear": SparseLinear}
+_CLASSES: dict[str, type[PackedLinear]] = {
+    "Int8Linear": Int8Linear,
+    "SparseLinear": SparseLinear,
+    "WeightOnlyLinear": WeightOnlyLinear,
+}
 _FUSED = (nn.ReLU, nn.GELU, nn.SiLU)  # what nn.Identity may stand for once it runs inside a layer
 _PACK_ALIGNMENT = 64
 _DTYPES = {
@@ -321,7 +326,7 @@ def _build(file: _File, name: str, config: Any) -> PackedLinear:
         raise file.error(f"{what} must be of a class this version knows ({', '.join(_CLASSES)}), got {_short(got)}")
     class_ = _CLASSES[got]
     arguments = {key: value for key, value in config.items() if key != "class"}
-    keys = ["activation", "bias", "in_features", "out_features"]
+    keys = sorted(set(class_.CONFIG) - set(class_.optional_config))
     required = sorted(key for key in arguments if key not in class_.optional_config)
     if required != keys or type(arguments["bias"]) is not bool:
         raise file.error(f"{what} must have {', '.join(keys)} (bias true or false), got {_short(config)}")
@@ -341,7 +346,7 @@ def _build(file: _File, name: str, config: Any) -> PackedLinear:
     pack = file.tensors[prefix + "weight"]
     # The header was right, and there is one way to pack a weight: so this sees every byte that is not as written by
     # pack(), but for the rare change of weights and column sums that fit each other.
-    if not torch.equal(ops.pack(ops.unpack(pack), ops.describe(pack)["format"]), pack):
+    if not torch.equal(repack(pack), pack):
         raise file.error(f"{what}: {prefix}weight is a damaged pack: its bytes do not agree with one another")
     # Assigned, not copied; but a tie of the file is no reason for two modules of a model to share memory.
     state = {key: file.tensors[prefix + key] for key in module.state_dict()}

@@ -472,7 +472,11 @@ def test_an_interrupt_passes_through() -> None:
     ("model", "config", "message"),
     [
         ("model", Int8Dynamic(), "model must be an nn.Module, got str"),
-        (nn.Linear(2, 2), "int8", "config must be an Int8Dynamic or an Int8Static, got str"),
+        (
+            nn.Linear(2, 2),
+            "int8",
+            "config must be an Int8Dynamic, Int8Static, Int8WeightOnly or Int4WeightOnly, got str",
+        ),
         (torch.jit.ScriptModule(), Int8Dynamic(), "got a ScriptModule"),
     ],
 )

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/int8_gemm/formats/u4.h"
 #include "../../csrc/int8_gemm/formats/vnni16.h"
 #include "../../csrc/int8_gemm/int8_gemm.h"
 #include "../../csrc/int8_gemm/select.h"
@@ -51,6 +52,25 @@ void fill_x(uint8_t* x, DType dtype, int64_t count, int kind) {
 
 std::string shape(int64_t m, int64_t n, int64_t k) {
   return "M=" + std::to_string(m) + " N=" + std::to_string(n) + " K=" + std::to_string(k);
+}
+
+// The bits of a NaN are no result: all NaNs are made one before the comparison.
+std::vector<uint8_t> comparable(Guarded& y, DType dtype, bool codes = false) {
+  const size_t size = dtype == DType::f32 ? 4 : 2;
+  std::vector<uint8_t> got(y.data(), y.data() + y.bytes);
+  if (codes) return got;
+  for (size_t i = 0; i < got.size(); i += size) {
+    if (size == 4) {
+      float f;
+      std::memcpy(&f, &got[i], 4);
+      if (f != f) std::memset(&got[i], 0xff, 4);
+    } else {
+      uint16_t h;
+      std::memcpy(&h, &got[i], 2);
+      if ((h & 0x7fff) > (dtype == DType::bf16 ? 0x7f80 : 0x7c00)) std::memset(&got[i], 0xff, 2);
+    }
+  }
+  return got;
 }
 
 void check_linear(const std::vector<const Kernels*>& rows) {
@@ -119,19 +139,7 @@ void check_linear(const std::vector<const Kernels*>& rows) {
                              std::to_string(static_cast<int>(a.activation)) + (a.dynamic ? " dynamic" : " static") +
                              " x kind " + std::to_string(kind);
     if (!y.margins_intact()) fail(*row, what + ": wrote outside y");
-    std::vector<uint8_t> got(y.data(), y.data() + y.bytes);
-    // The bits of a NaN are no result: all NaNs are made one before the comparison.
-    for (size_t i = 0; y_size > 1 && i < got.size(); i += y_size) {
-      if (y_size == 4) {
-        float f;
-        std::memcpy(&f, &got[i], 4);
-        if (f != f) std::memset(&got[i], 0xff, 4);
-      } else {
-        uint16_t h;
-        std::memcpy(&h, &got[i], 2);
-        if ((h & 0x7fff) > (a.y_dtype == DType::bf16 ? 0x7f80 : 0x7c00)) std::memset(&got[i], 0xff, 2);
-      }
-    }
+    const std::vector<uint8_t> got = comparable(y, a.y_dtype, a.requantize);
     if (row == rows.front())
       expected = got;
     else if (got != expected)
@@ -163,6 +171,74 @@ void check_matmul(const std::vector<const Kernels*>& rows) {
   }
 }
 
+void check_weight_only(const std::vector<const Kernels*>& rows) {
+  const int64_t m = pick({1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 29, 61}),
+                n = pick({1, 15, 16, 17, 33, 48, 64, 65, 100, 129});
+  const int64_t k = pick({0, 1, 4, 5, 31, 32, 33, 64, 127, 128, 129, 132, 260, 513, 1029});
+  const bool u4 = uniform(0, 3) != 0, affine = uniform(0, 1) != 0;
+  const fs::u4::Layout layout{n, k, pick({32, 64, 128}), affine};
+  const int64_t stride = k + pick({0, 0, 3});
+  WeightOnlyArgs a{};
+  a.dtype = static_cast<DType>(uniform(0, 2));
+  const size_t size = a.dtype == DType::f32 ? 4 : 2;
+  Guarded x(static_cast<size_t>(m * stride) * size, 0xff);
+  const int kind = static_cast<int>(uniform(0, 3));
+  for (int64_t r = 0; r < m; ++r) fill_x(x.data() + static_cast<size_t>(r * stride) * size, a.dtype, k, kind);
+  const int64_t bytes = u4 ? layout.bytes() : fs::vnni16::pack_bytes(n, k);
+  Guarded pack(static_cast<size_t>(bytes), 0xee, pick({0, 8}));  // a mapped file promises no more than 8
+  std::vector<uint8_t> codes(static_cast<size_t>(n * k));
+  const bool extreme = uniform(0, 3) == 0;
+  if (u4) {
+    for (uint8_t& c : codes) c = static_cast<uint8_t>(extreme ? (affine ? 15 : -8) : uniform(0, 15) - (affine ? 0 : 8));
+    std::vector<uint16_t> scale(static_cast<size_t>(n * layout.groups()));
+    std::vector<uint8_t> zero(scale.size());
+    for (uint16_t& s : scale) s = static_cast<uint16_t>(uniform(0, 1) * 0x8000 + uniform(0, 0x3fff));
+    for (uint8_t& z : zero) z = static_cast<uint8_t>(extreme ? 0 : uniform(0, 15));
+    fs::u4::pack(layout, codes.data(), k, 1, scale.data(), zero.data(), pack.data());
+    fs::u4::Layout read{};
+    if (!fs::u4::header_error(pack.data(), bytes, &read).empty() || !fs::u4::content_error(layout, pack.data()).empty())
+      fail(*rows.front(), "u4 " + shape(m, n, k) + ": its own pack is refused");
+    std::vector<uint8_t> codes_back(codes.size()), zero_back(zero.size());
+    std::vector<uint16_t> scale_back(scale.size());
+    fs::u4::unpack(layout, pack.data(), codes_back.data(), scale_back.data(), zero_back.data());
+    if (codes_back != codes || scale_back != scale || (affine && zero_back != zero))
+      fail(*rows.front(), "u4 " + shape(m, n, k) + ": unpack gives something else");
+  } else {
+    for (uint8_t& c : codes) c = static_cast<uint8_t>(extreme ? -128 : uniform(-128, 127));
+    fs::vnni16::pack(reinterpret_cast<const int8_t*>(codes.data()), k, 1, n, k, pack.data());
+  }
+  Guarded scale(static_cast<size_t>(n) * 4, 0xff), bias(static_cast<size_t>(n) * 4, 0xff);
+  for (int64_t j = 0; j < n; ++j) {
+    const float s = random_x(0) * 0.01f, b = random_x(0);
+    std::memcpy(scale.data() + 4 * j, &s, 4);
+    std::memcpy(bias.data() + 4 * j, &b, 4);
+  }
+  a.x = x.data();
+  a.x_stride = stride;
+  a.m = m;
+  a.n = n;
+  a.k = k;
+  a.weight = pack.data();
+  a.weight_scale = u4 ? nullptr : reinterpret_cast<float*>(scale.data());
+  a.bias = uniform(0, 1) ? reinterpret_cast<float*>(bias.data()) : nullptr;
+  a.activation = static_cast<Activation>(uniform(0, 3));
+  std::vector<uint8_t> expected;
+  for (const Kernels* row : rows) {  // scalar first
+    Guarded y(static_cast<size_t>(m * n) * size, 0x5a);
+    a.y = y.data();
+    weight_only_linear(*row, a);
+    const std::string what = "weight_only_linear " + shape(m, n, k) + (u4 ? " u4" : " s8") + (affine ? " affine" : "") +
+                             " group " + std::to_string(layout.group) + " dtype " +
+                             std::to_string(static_cast<int>(a.dtype)) + " x kind " + std::to_string(kind);
+    if (!y.margins_intact()) fail(*row, what + ": wrote outside y");
+    std::vector<uint8_t> got = comparable(y, a.dtype);
+    if (row == rows.front())
+      expected = got;
+    else if (got != expected)
+      fail(*row, what + ": differs from scalar");
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -178,7 +254,9 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases && failures < 20; ++i) {
     check_linear(rows);
     check_matmul(rows);
+    check_weight_only(rows);
   }
-  std::printf("%d cases of int8_linear and of int8_mm each; rows: %s; %d failures\n", cases, names.c_str(), failures);
+  std::printf("%d cases of int8_linear, int8_mm and weight_only_linear each; rows: %s; %d failures\n", cases,
+              names.c_str(), failures);
   return failures == 0 ? 0 : 1;
 }

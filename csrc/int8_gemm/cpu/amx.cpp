@@ -155,6 +155,13 @@ void widen(const WidenArgs& a) { kAvx512.widen(a); }
 void epilogue(const EpilogueArgs& a) { kAvx512.epilogue(a); }
 void pack(const PackArgs& a) { kAvx512.pack(a); }
 
+// Few rows: AMX has nothing to offer them.
+void quantize_groups(const GroupQuantizeArgs& a) { kAvx512.weight_only->quantize(a); }
+void tile_u4(const GroupTileArgs& t) { kAvx512.weight_only->tile_u4(t); }
+void tile_s8(const GroupTileArgs& t) { kAvx512.weight_only->tile_s8(t); }
+void finish(const FinishArgs& f) { kAvx512.weight_only->finish(f); }
+constexpr WeightOnlyKernels weight_only = {12, &quantize_groups, &tile_u4, &tile_s8, &finish};
+
 }  // namespace
 
 const Kernels fs::int8_gemm::kAmx = {"amx",
@@ -174,4 +181,5 @@ const Kernels fs::int8_gemm::kAmx = {"amx",
                                      &pack,
                                      &enter,
                                      &leave,
-                                     nullptr};
+                                     nullptr,
+                                     &weight_only};

@@ -225,6 +225,8 @@ void tile(const TileArgs& t) {
 
 }  // namespace
 
+#include "weight_only_avx2.inl"
+
 const Kernels fs::int8_gemm::kAvx2 = {"avx2",
                                       fs::isa::Level::avx2,
                                       fs::isa::kLevelAvx2,
@@ -242,4 +244,5 @@ const Kernels fs::int8_gemm::kAvx2 = {"avx2",
                                       &pack,
                                       nullptr,
                                       nullptr,
-                                      &widen_weights};
+                                      &widen_weights,
+                                      &weight_only};

@@ -266,6 +266,8 @@ void tile(const TileArgs& t) {
 
 }  // namespace
 
+#include "weight_only_avx512.inl"
+
 const Kernels fs::int8_gemm::kAvx512 = {"avx512",
                                         fs::isa::Level::avx512,
                                         fs::isa::kLevelAvx512,
@@ -283,4 +285,5 @@ const Kernels fs::int8_gemm::kAvx512 = {"avx512",
                                         &pack,
                                         nullptr,
                                         nullptr,
-                                        nullptr};
+                                        nullptr,
+                                        &weight_only};

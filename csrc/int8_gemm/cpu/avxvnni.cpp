@@ -292,6 +292,8 @@ void tile(const TileArgs& t) {
 
 }  // namespace
 
+#include "weight_only_avx2.inl"
+
 const Kernels fs::int8_gemm::kAvxVnni = {"avxvnni",
                                          fs::isa::Level::avxvnni,
                                          fs::isa::kLevelAvxVnni,
@@ -309,4 +311,5 @@ const Kernels fs::int8_gemm::kAvxVnni = {"avxvnni",
                                          &pack,
                                          nullptr,
                                          nullptr,
-                                         nullptr};
+                                         nullptr,
+                                         &weight_only};

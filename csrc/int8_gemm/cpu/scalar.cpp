@@ -47,6 +47,8 @@ void tile(const TileArgs& t) {
 
 }  // namespace
 
+#include "weight_only_scalar.inl"
+
 const Kernels fs::int8_gemm::kScalar = {"scalar",
                                         fs::isa::Level::scalar,
                                         fs::isa::kLevelScalar,
@@ -64,4 +66,5 @@ const Kernels fs::int8_gemm::kScalar = {"scalar",
                                         nullptr,
                                         nullptr,
                                         nullptr,
-                                        nullptr};
+                                        nullptr,
+                                        &weight_only};

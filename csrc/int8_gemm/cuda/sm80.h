@@ -16,18 +16,6 @@ int64_t scratch_bytes(int64_t m, int64_t k);
 // As int8_gemm::linear(); args.weight is a vnni16 pack in device memory. `stream` is a cudaStream_t.
 void linear(const LinearArgs& args, uint8_t* scratch, void* stream);
 
-struct WeightOnlyArgs {
-  const void* x;  // [m, k], rows x_stride elements apart
-  DType dtype;    // of x and y
-  int64_t x_stride;
-  int64_t m, n, k;
-  const uint8_t* weight;      // a u4 pack, or a vnni16 pack
-  const float* weight_scale;  // [n] for a vnni16 pack, null for a u4 pack
-  const float* bias;          // [n] or null
-  Activation activation;
-  void* y;  // [m, n], contiguous
-};
-
 // The same for weight_only_linear(): for 1 to 16 rows at a time, right for more. The header of a u4 pack is read by the
 // kernels alone.
 int64_t weight_only_scratch_bytes(int64_t m, int64_t k);

@@ -17,6 +17,20 @@ uint8_t read_zero(const Layout& l, const uint8_t* zeros, int64_t n, int64_t g) {
   return n % 16 < 8 ? byte & 15 : byte >> 4;
 }
 
+float f16_value(const uint16_t* p) {
+  uint16_t bits;
+  std::memcpy(&bits, p, 2);
+  const uint32_t sign = (uint32_t{bits} & 0x8000) << 16, rest = (uint32_t{bits} & 0x7fff) << 13;
+  float value;
+  std::memcpy(&value, &rest, 4);
+  value *= 0x1p112f;  // the exponent rebiased by a multiplication, which makes subnormals normal too
+  uint32_t out;
+  std::memcpy(&out, &value, 4);
+  out |= sign;
+  std::memcpy(&value, &out, 4);
+  return value;
+}
+
 std::string shape(int64_t n, int64_t k) { return "[N=" + std::to_string(n) + ", K=" + std::to_string(k) + "]"; }
 
 }  // namespace
@@ -68,6 +82,18 @@ void unpack(const Layout& l, const uint8_t* pack, uint8_t* out, uint16_t* scale,
     for (int64_t g = 0; g < groups; ++g) {
       std::memcpy(scale + n * groups + g, scales(pack, l) + (n / 16 * groups + g) * 16 + n % 16, 2);
       if (l.affine) zero[n * groups + g] = read_zero(l, points, n, g);
+    }
+  }
+}
+
+void dequantize(const Layout& l, const uint8_t* pack, float* weight) {
+  const uint8_t* points = zeros(pack, l);
+  for (int64_t n = 0; n < l.n; ++n) {
+    for (int64_t g = 0; g < l.groups(); ++g) {
+      const float scale = f16_value(scales(pack, l) + (n / 16 * l.groups() + g) * 16 + n % 16);
+      const int point = read_zero(l, points, n, g);
+      for (int64_t k = g * l.group; k < (g + 1) * l.group && k < l.k; ++k)
+        weight[n * l.k + k] = static_cast<float>(read_code(l, codes(pack), n, k) - point) * scale;
     }
   }
 }

@@ -72,6 +72,9 @@ void pack(const Layout& l, const uint8_t* codes, int64_t stride_n, int64_t strid
 // The inverse: codes [n, k] as the source had them, scale [n, groups], zero [n, groups] (left alone if symmetric).
 void unpack(const Layout& l, const uint8_t* pack, uint8_t* codes, uint16_t* scale, uint8_t* zero);
 
+// The weight itself in float32, [n, k]: (code - zero point) * scale, one rounding.
+void dequantize(const Layout& l, const uint8_t* pack, float* weight);
+
 // What the header says, for callers that must learn n, k, group and kind from it. Reads the header alone. Empty if
 // `pack` (of `bytes` bytes) begins like a u4 v1 pack whose sizes agree; else what is wrong, for "... must be a u4
 // pack: ". Only after "" is *l set.

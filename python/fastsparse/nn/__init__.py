@@ -2,5 +2,6 @@
 
 from fastsparse.nn.int8_linear import Int8Linear
 from fastsparse.nn.sparse_linear import SparseLinear
+from fastsparse.nn.weight_only_linear import WeightOnlyLinear
 
-__all__ = ["Int8Linear", "SparseLinear"]
+__all__ = ["Int8Linear", "SparseLinear", "WeightOnlyLinear"]

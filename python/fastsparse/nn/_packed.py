@@ -17,6 +17,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class PackedLinear(nn.Module):
     """A linear layer whose weight is a pack, a uint8 buffer named `weight`; its subclasses know the format."""
 
+    CONFIG: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "bias", "activation")  # the keys of config()
     weight: Tensor
     bias: nn.Parameter | None
     in_features: int
@@ -43,12 +44,7 @@ class PackedLinear(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The arguments that make an empty layer like this one; plain data, for JSON."""
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-            "activation": self.activation,
-        }
+        return {name: self.bias is not None if name == "bias" else getattr(self, name) for name in self.CONFIG}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())

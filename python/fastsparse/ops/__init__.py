@@ -5,7 +5,13 @@ from fastsparse import _library
 _library.load()
 
 from fastsparse.ops._packs import describe, pack, unpack  # noqa: E402
-from fastsparse.ops.int8_gemm import int8_linear, int8_mm  # noqa: E402
+from fastsparse.ops.int8_gemm import (  # noqa: E402
+    int8_linear,
+    int8_mm,
+    quantize_groups,
+    unpack_scales,
+    weight_only_linear,
+)
 from fastsparse.ops.kl_loss import distill_loss, kl_div  # noqa: E402
 from fastsparse.ops.qdq import dequantize, fake_quantize, quantize, quantize_per_token  # noqa: E402
 from fastsparse.ops.sparse_matmul import sparse_linear  # noqa: E402
@@ -20,7 +26,10 @@ __all__ = [
     "kl_div",
     "pack",
     "quantize",
+    "quantize_groups",
     "quantize_per_token",
     "sparse_linear",
     "unpack",
+    "unpack_scales",
+    "weight_only_linear",
 ]

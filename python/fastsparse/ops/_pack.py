@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 HEADER = struct.Struct("<4sHHIIqqqQ16s")
-FORMATS = {1: "vnni16", 2: "bitmap32", 3: "sell16", 4: "panels128", 5: "nm24"}
-DTYPES = {1: "int8", 2: "float32", 3: "float16", 4: "bfloat16"}
-DTYPES_OF = {1: (1,), 2: (2,), 3: (2,), 4: (2,), 5: (3, 4)}  # by format
-BLOCKS = {1: 16, 2: 32, 3: 16, 4: 128, 5: 4}
+FORMATS = {1: "vnni16", 2: "bitmap32", 3: "sell16", 4: "panels128", 5: "nm24", 6: "u4"}
+DTYPES = {1: "int8", 2: "float32", 3: "float16", 4: "bfloat16", 5: "int4", 6: "uint4"}
+DTYPES_OF = {1: (1,), 2: (2,), 3: (2,), 4: (2,), 5: (3, 4), 6: (5, 6)}  # by format
+BLOCKS = {1: (16,), 2: (32,), 3: (16,), 4: (128,), 5: (4,), 6: (32, 64, 128)}
 LARGEST_SIDE = 2**31
 
 
@@ -32,7 +32,7 @@ def read_header(pack: Tensor) -> dict[str, Any]:
     if version != 1:
         raise ValueError(f"describe: pack has {FORMATS[format_]} version {version}, this build reads version 1")
     sides_fit = 0 <= n < LARGEST_SIDE and 0 <= k < LARGEST_SIDE
-    damaged = dtype not in DTYPES_OF[format_] or block != BLOCKS[format_] or any(reserved)
+    damaged = dtype not in DTYPES_OF[format_] or block not in BLOCKS[format_] or any(reserved)
     if damaged or not sides_fit or not 0 <= nonzeros <= n * k:
         raise ValueError(
             f"describe: pack has a damaged header: dtype {dtype}, block {block}, N={n}, K={k}, {nonzeros} non-zeros, "

@@ -11,17 +11,29 @@ from fastsparse.ops import int8_gemm, sparse_matmul
 from fastsparse.ops._pack import read_header
 
 
-def pack(weight: Tensor, format: str = "auto", rows: int | None = None) -> Tensor:
+def pack(
+    weight: Tensor,
+    format: str = "auto",
+    rows: int | None = None,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    group_size: int | None = None,
+) -> Tensor:
     """Packs a weight once, for all calls to come.
 
     Args:
         weight: int8 [N, K] for `int8_linear`; float32 [N, K], dense or torch.sparse_csr, for `sparse_linear`, of which
             exactly what is zero is left out (a zero that a csr tensor holds explicitly, too); float16 or bfloat16
-            [N, K] with at most 2 of every 4 consecutive k not zero (2:4), for `sparse_linear` on CUDA.
-        format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h). float32: "bitmap32", "sell16" or "panels128"
-            (csrc/sparse_matmul/formats/sparse.h). float16, bfloat16: "nm24" (formats/nm24.h there). "auto": vnni16,
-            nm24, or what was measured to be the fastest for the density and `rows`.
+            [N, K] with at most 2 of every 4 consecutive k not zero (2:4), for `sparse_linear` on CUDA. 4-bit codes
+            [N, K] for `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
+        format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h). uint8: "u4".
+            float32: "bitmap32", "sell16" or "panels128" (csrc/sparse_matmul/formats/sparse.h). float16, bfloat16:
+            "nm24" (formats/nm24.h there). "auto": vnni16, u4 (uint8), nm24, or what was measured to be the fastest for
+            the density and `rows`.
         rows: rows of x to be expected; None: many. Every format serves any number, at its own speed.
+        scale: u4: float16 [N, ceil(K / group_size)]. zero_point: u4 of uint8 codes: uint8 of the same shape.
+        group_size: u4: 32, 64 or 128.
 
     Returns:
         uint8 [bytes]: a plain tensor for state_dict, safetensors, deepcopy and torch.compile, same on every machine.
@@ -31,36 +43,61 @@ def pack(weight: Tensor, format: str = "auto", rows: int | None = None) -> Tenso
     """
     sparse = weight.dtype == torch.float32
     half = weight.dtype in (torch.float16, torch.bfloat16)
-    known = ("auto", *(sparse_matmul.FORMATS if sparse else ("nm24",) if half else ("vnni16",)))
+    nibbles = weight.dtype == torch.uint8
+    known = (
+        "auto",
+        *(sparse_matmul.FORMATS if sparse else ("nm24",) if half else ("u4",) if nibbles else ("vnni16", "u4")),
+    )
     if format not in known:
         names = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
-        of = f" for {str(weight.dtype).removeprefix('torch.')}" if sparse or half else ""
+        of = f" for {str(weight.dtype).removeprefix('torch.')}" if sparse or half or nibbles else ""
         raise ValueError(f"pack: format must be {names}{of}, got {format!r}")
     if rows is not None and rows < 0:
         raise ValueError(f"pack: rows must be None or at least 0, got {rows}")
+    if format == "u4" or nibbles:
+        return int8_gemm.pack_u4(weight, scale, zero_point, group_size)
+    for name, value in (("scale", scale), ("zero_point", zero_point), ("group_size", group_size)):
+        if value is not None:
+            raise ValueError(f"pack: {name} is for the format 'u4' alone, got one for {format!r}")
     if half:
         return sparse_matmul.pack_nm24(weight)
     return sparse_matmul.pack_float(weight, format, rows) if sparse else int8_gemm.pack_int8(weight)
 
 
 def unpack(pack: Tensor) -> Tensor:
-    """The inverse of `pack`: [N, K] of the weight's dtype, dense. Raises ValueError for anything that is not a pack."""
+    """The inverse of `pack`: [N, K] of the weight's dtype, dense; of u4 packs the codes (`unpack_scales` the rest).
+
+    Raises ValueError for anything that is not a pack.
+    """
     header = describe(pack)
+    if header["format"] == "u4":
+        return int8_gemm.unpack_u4(pack, header)
     if header["dtype"] != "int8":
         return sparse_matmul.unpack_float(pack, header)
     return int8_gemm.unpack_int8(pack, header)
+
+
+def repack(packed: Tensor) -> Tensor:
+    """The pack of what a pack holds: there is one way to pack a weight, so its bytes are those of a whole pack."""
+    header = describe(packed)
+    if header["format"] != "u4":
+        return pack(unpack(packed), header["format"])
+    scale, zero_point = int8_gemm.unpack_scales(packed)
+    return int8_gemm.pack_u4(unpack(packed), scale, zero_point, header["block"])
 
 
 def describe(pack: Tensor) -> dict[str, Any]:
     """What a pack holds: format, version, dtype, n, k, block, nonzeros, bytes.
 
     Reads and checks the header, and of a sparse float32 pack everything but the values (every index is in range), of an
-    nm24 pack every byte.
+    nm24 or u4 pack every byte. Of u4, `block` is the group size and dtype "int4" (symmetric) or "uint4" (zero points).
 
     Raises:
         ValueError: not a pack, of another version or format, truncated or damaged; the message says which.
     """
     header = read_header(pack)
+    if header["format"] == "u4":
+        return int8_gemm.describe_u4(pack, header)
     if header["dtype"] != "int8":
         return sparse_matmul.describe_float(pack, header)
     return int8_gemm.describe_int8(pack, header)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsparse.ops._pack import read_header
+
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
 _int8_linear = torch.ops.fastsparse.int8_linear.default
@@ -17,6 +19,14 @@ _int8_linear_train = torch.ops.fastsparse.int8_linear_train.default
 _int8_mm = torch.ops.fastsparse.int8_mm.default
 _int8_pack = torch.ops.fastsparse.int8_pack.default
 _int8_unpack = torch.ops.fastsparse.int8_unpack.default
+_weight_only_linear = torch.ops.fastsparse.weight_only_linear.default
+_weight_only_linear_train = torch.ops.fastsparse.weight_only_linear_train.default
+_u4_pack = torch.ops.fastsparse.u4_pack.default
+_u4_unpack = torch.ops.fastsparse.u4_unpack.default
+_u4_validate = torch.ops.fastsparse.u4_validate.default
+_u4_dequantize = torch.ops.fastsparse.u4_dequantize.default
+
+GROUP_SIZES = (32, 64, 128)  # of 4-bit weights: u4::is_group in csrc/int8_gemm/formats/u4.h
 
 
 def int8_linear(
@@ -126,6 +136,164 @@ def int8_mm(a: Tensor, b: Tensor) -> Tensor:
         ValueError: names the argument, what came and what was expected.
     """
     return _int8_mm(a, b)
+
+
+def weight_only_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    weight_scale: Tensor | None = None,
+    out_features: int | None = None,
+) -> Tensor:
+    """A linear layer whose weight has 4 bits (in groups) or 8 bits (per channel), for few rows of x.
+
+    y = activation(sum_g(isum_g * x_scale_g * w_scale_g) + bias), g over groups of consecutive k: the weight's own (32,
+    64, 128) for 4 bits, of 128 for 8 bits. In each group x is rounded to int8 per row by the rules of `int8_linear`
+    (scale = absmax / 127; a row with a NaN or an infinity gives a row of NaN) and isum is the exact integer sum; the
+    groups are added in float32, in order. So the bits of y are the same on every level, for every number of rows and
+    threads, and the error that x brings lies far below that of the weight. Right for any number of rows, made for 1 to
+    16: for more, `int8_linear` is faster.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K]; any strides.
+        weight: a u4 pack of [N, K], which carries its scales and zero points, or a vnni16 pack of s8[N, K].
+        bias: float32 [N].
+        activation: None, "relu", "gelu" (the exact one) or "silu".
+        weight_scale: float32 [N], finite, for a vnni16 pack; None for a u4 pack.
+        out_features: N. Needed under torch.compile and on CUDA where a u4 pack comes without a bias (its bytes are not
+            read there).
+
+    Returns:
+        [..., N] in x's dtype. Differentiable in `x` and `bias`; the gradient to x is that of the dequantized weight
+        (straight through the rounding of x).
+
+    Raises:
+        ValueError: names the argument, what came and what was expected.
+        RuntimeError: x is on CUDA, and this build has no CUDA kernels.
+
+    The 4-bit scheme follows Frantar et al., 2022 ("GPTQ", group-wise scales) and llama.cpp's Q4_0 / Q4_1 (integer
+    products with activations in blocks of int8); the code is our own.
+    """
+    try:
+        code = ACTIVATIONS[activation]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"weight_only_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
+        ) from None
+    n = -1 if out_features is None else out_features
+    if torch.is_grad_enabled():
+        if weight_scale is not None and weight_scale.requires_grad:
+            raise ValueError("weight_only_linear: weight_scale must not require a gradient: there is none for it")
+        if x.requires_grad or (bias is not None and bias.requires_grad):
+            return _ACTIVATE[code](_weight_only_linear_train(x, weight, weight_scale, n, bias))
+    return _weight_only_linear(x, weight, weight_scale, n, bias, code)
+
+
+def unpack_scales(pack: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a u4 pack holds beside its codes.
+
+    Returns:
+        (scale float16 [N, ceil(K / group_size)], zero_point uint8 of the same shape, or None if it is symmetric).
+
+    Raises:
+        ValueError: not a u4 pack.
+    """
+    _, scale, zero_point = _unpack_u4(pack, _u4_header("unpack_scales", pack))
+    return scale, zero_point
+
+
+def quantize_groups(weight: Tensor, group_size: int, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A weight in 4 bits, one scale per row and group of `group_size` consecutive k; zeros stay exact zeros.
+
+    Symmetric: scale = (the value of the largest magnitude) / -8, so that this value is met exactly by the code -8.
+    Affine: scale = (max - min) / 15 over the values and zero, zero_point = round(-min / scale). The scale is rounded to
+    float16 first; codes are those nearest to weight / scale.
+
+    Args:
+        weight: float32, bfloat16 or float16 [N, K], finite.
+        group_size: 32, 64 or 128. The last group of a row may be shorter.
+        symmetric: False for zero points.
+
+    Returns:
+        What `pack(codes, "u4", scale=..., zero_point=..., group_size=...)` takes: codes int8 in [-8, 7] (uint8 in
+        [0, 15] if affine) [N, K], scale float16 [N, groups], zero_point uint8 [N, groups] or None.
+
+    Raises:
+        ValueError: another group size, a NaN or an infinity in the weight, or a value whose scale float16 can't hold.
+    """
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"quantize_groups: group_size must be 32, 64 or 128, got {group_size!r}")
+    if weight.dim() != 2:
+        raise ValueError(f"quantize_groups: weight must be a matrix [N, K], got weight{list(weight.shape)}")
+    weight = weight.detach().float()
+    n, k = weight.shape
+    groups = -(-k // group_size)
+    padded = torch.nn.functional.pad(weight, (0, groups * group_size - k)).reshape(n, groups, group_size)
+    if not bool(torch.isfinite(padded).all()):
+        raise ValueError("quantize_groups: weight must be finite, got a NaN or an infinity in it")
+    if groups == 0 or n == 0:
+        lowest = highest = padded.new_zeros(n, groups)
+    else:
+        lowest, highest = padded.amin(-1).clamp_max(0), padded.amax(-1).clamp_min(0)
+    extreme = torch.where(highest > -lowest, highest, lowest)
+    scale = (extreme / -8.0 if symmetric else (highest - lowest) / 15.0).half()
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError("quantize_groups: weight must have scales that float16 holds, got one beyond 65504")
+    inverse = torch.where(scale == 0, 0.0, 1.0 / scale.float())
+    if symmetric:
+        codes = (padded * inverse[..., None]).round_().clamp_(-8, 7)
+        return codes.to(torch.int8).flatten(1)[:, :k].contiguous(), scale, None
+    zero_point = (-lowest * inverse).round_().clamp_(0, 15)
+    codes = ((padded * inverse[..., None]).round_() + zero_point[..., None]).clamp_(0, 15)
+    return codes.to(torch.uint8).flatten(1)[:, :k].contiguous(), scale, zero_point.to(torch.uint8)
+
+
+def pack_u4(weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, group_size: int | None) -> Tensor:
+    """`ops.pack` for 4-bit codes."""
+    if scale is None or group_size is None:
+        missing = "scale" if scale is None else "group_size"
+        raise ValueError(f"pack: {missing} must be given for the format 'u4', got None")
+    try:
+        return _u4_pack(weight, scale, zero_point, group_size)
+    except ValueError as error:
+        raise ValueError(f"pack: {str(error).removeprefix('u4_pack: ')}") from None
+
+
+def _u4_header(op: str, pack: Tensor) -> dict[str, Any]:
+    try:
+        header = read_header(pack)
+    except ValueError as error:
+        raise ValueError(f"{op}: {str(error).removeprefix('describe: ')}") from None
+    if header["format"] != "u4":
+        raise ValueError(f"{op}: pack must be of the format u4, got {header['format']}")
+    return header
+
+
+def _unpack_u4(pack: Tensor, header: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    affine = header["dtype"] == "uint4"
+    codes, scale, zero_point = _u4_unpack(pack, header["n"], header["k"], header["block"], affine)
+    return codes, scale, zero_point if affine else None
+
+
+def unpack_u4(pack: Tensor, header: dict[str, Any]) -> Tensor:
+    return _unpack_u4(pack, header)[0]
+
+
+def describe_u4(pack: Tensor, header: dict[str, Any]) -> dict[str, Any]:
+    """Validates every byte: sizes, finite scales, padding, the count of non-zeros."""
+    try:
+        _u4_validate(pack)
+    except ValueError as error:
+        raise ValueError(f"describe: {str(error).removeprefix('u4_validate: ')}") from None
+    return header
+
+
+def u4_bytes(n: int, k: int, group_size: int, affine: bool) -> int:
+    """The length of a u4 pack (csrc/int8_gemm/formats/u4.h)."""
+    panels, groups = -(-n // 16), -(-k // group_size)
+    size = 64 + panels * groups * group_size * 8 + -(-panels * groups * 32 // 64) * 64
+    return size + (-(-panels * groups * 8 // 64) * 64 if affine else 0)
 
 
 def pack_int8(weight: Tensor) -> Tensor:
@@ -256,3 +424,74 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("fastsparse::int8_linear_train", _linear_backward, setup_context=_save_for_backward)
+
+
+def _weight_only_shape(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, n: int, bias: Tensor | None = None
+) -> Tensor:
+    _check_devices("weight_only_linear", x, weight=weight, weight_scale=weight_scale, bias=bias)
+    if n < 0:
+        known = weight_scale if weight_scale is not None else bias
+        if known is None:
+            raise ValueError(
+                "weight_only_linear: out_features must be given where bias is None and the pack can't be read "
+                "(compiled)"
+            )
+        n = known.shape[0]
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("fastsparse::weight_only_linear")
+def _(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, n: int, bias: Tensor | None = None, activation: int = 0
+) -> Tensor:
+    return _weight_only_shape(x, weight, weight_scale, n, bias)
+
+
+torch.library.register_fake("fastsparse::weight_only_linear_train")(_weight_only_shape)
+
+
+@torch.library.register_fake("fastsparse::u4_pack")
+def _(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> Tensor:
+    n, k = weight.shape
+    return weight.new_empty(u4_bytes(n, k, group_size, zero_point is not None), dtype=torch.uint8)
+
+
+@torch.library.register_fake("fastsparse::u4_unpack")
+def _(pack: Tensor, n: int, k: int, group_size: int, affine: bool) -> tuple[Tensor, Tensor, Tensor]:
+    groups = -(-k // group_size)
+    codes = pack.new_empty((n, k), dtype=torch.uint8 if affine else torch.int8)
+    return codes, pack.new_empty((n, groups), dtype=torch.float16), pack.new_empty((n if affine else 0, groups))
+
+
+@torch.library.register_fake("fastsparse::u4_dequantize")
+def _(pack: Tensor, n: int, k: int) -> Tensor:
+    return pack.new_empty((n, k), dtype=torch.float32)
+
+
+def _save_for_weight_only(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, weight_scale, _n, bias = (*inputs, None)[:5]
+    ctx.save_for_backward(weight, weight_scale)
+    ctx.n, ctx.k = output.shape[-1], x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _weight_only_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, weight_scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        with torch.autocast(grad.device.type, enabled=False):  # as for int8_linear
+            if weight_scale is None:
+                grad_x = (grad.float() @ _u4_dequantize(weight, ctx.n, ctx.k)).to(grad.dtype)
+            else:
+                values = _int8_unpack(weight, ctx.n, ctx.k).float()
+                grad_x = ((grad.float() * weight_scale) @ values).to(grad.dtype)
+    # The dispatcher drops trailing arguments that have their default, and needs_input_grad with them.
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias
+
+
+torch.library.register_autograd(
+    "fastsparse::weight_only_linear_train", _weight_only_backward, setup_context=_save_for_weight_only
+)

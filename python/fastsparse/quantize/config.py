@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from fastsparse.convert import Conversion
-from fastsparse.nn import Int8Linear
+from fastsparse.nn import Int8Linear, WeightOnlyLinear
 from fastsparse.nn.int8_linear import MAX_K
+from fastsparse.nn.weight_only_linear import DEFAULT_GROUP_SIZE
+from fastsparse.ops.int8_gemm import GROUP_SIZES
 
 
 def _too_wide(linear: nn.Linear) -> str | None:
@@ -67,3 +69,53 @@ class Int8Static(Conversion):
     def build_for_range(self, linear: nn.Linear, rows: int | None, largest: float) -> nn.Module:
         scale = max(largest / 127, torch.finfo(torch.float32).tiny) if largest > 0 else 1.0
         return Int8Linear.from_linear(linear, x_scale=scale)
+
+
+@dataclass(frozen=True)
+class Int8WeightOnly(Conversion):
+    """int8 weights with one scale per output, for few rows; x is rounded in groups of 128 (`nn.WeightOnlyLinear`).
+
+    The attributes are those of `convert.Conversion`.
+    """
+
+    name: ClassVar[str] = "int8 weights"
+    title: ClassVar[str] = "int8 weights"
+
+    def why_not(self, linear: nn.Linear) -> str | None:
+        return _too_wide(linear)
+
+    def build(self, linear: nn.Linear, rows: int | None) -> nn.Module:
+        return WeightOnlyLinear.from_linear(linear, 8)
+
+
+@dataclass(frozen=True)
+class Int4WeightOnly(Conversion):
+    """4-bit weights with one scale per output and group of inputs, for few rows (`nn.WeightOnlyLinear`).
+
+    Attributes:
+        group_size: 32, 64 or 128 inputs share a scale: smaller is more accurate, larger is faster.
+        symmetric: False gives each group a zero point beside its scale.
+
+    The others are those of `convert.Conversion`.
+    """
+
+    group_size: int = DEFAULT_GROUP_SIZE
+    symmetric: bool = True
+
+    name: ClassVar[str] = "int4 weights"
+    title: ClassVar[str] = "int4 weights"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
+            raise ValueError(f"Int4WeightOnly: group_size must be 32, 64 or 128, got {self.group_size!r}")
+        if type(self.symmetric) is not bool:
+            raise ValueError(f"Int4WeightOnly: symmetric must be True or False, got {self.symmetric!r}")
+
+    def why_not(self, linear: nn.Linear) -> str | None:
+        if linear.weight.detach().abs().max() > 65504 * (8 if self.symmetric else 7.5):
+            return "its weights need scales beyond the 65504 of float16"
+        return None
+
+    def build(self, linear: nn.Linear, rows: int | None) -> nn.Module:
+        return WeightOnlyLinear.from_linear(linear, 4, self.group_size, symmetric=self.symmetric)

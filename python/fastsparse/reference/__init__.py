@@ -1,6 +1,6 @@
 """The float64 oracles, in plain torch: what the tests and `fastsparse check` hold every kernel against."""
 
-from fastsparse.reference.int8_gemm import int8_linear, int8_mm, quantize_weight
+from fastsparse.reference.int8_gemm import int8_linear, int8_mm, quantize_weight, weight_only_linear
 from fastsparse.reference.kl_loss import distill_loss, kl_div, kl_rows
 from fastsparse.reference.qdq import dequantize, fake_quantize, quantize, quantize_per_token
 from fastsparse.reference.sparse_matmul import sparse_linear, sparse_linear_bound
@@ -18,4 +18,5 @@ __all__ = [
     "quantize_weight",
     "sparse_linear",
     "sparse_linear_bound",
+    "weight_only_linear",
 ]

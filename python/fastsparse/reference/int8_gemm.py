@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -83,3 +85,58 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Per output channel, symmetric: float[N, K] -> (s8[N, K], scale f32[N]), the same arithmetic as for tokens."""
     codes, scale = quantize_rows(weight.detach())
     return codes, scale.squeeze(-1)
+
+
+def quantize_groups_of_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Per token and group of k, as `quantize_rows`: (codes s8[M, groups, group_size], scale f32[M, groups, 1])."""
+    m, k = x.shape
+    groups = -(-k // group_size)
+    padded = torch.nn.functional.pad(x.float(), (0, groups * group_size - k))
+    return quantize_rows(padded.reshape(m, groups, group_size))
+
+
+def weight_only_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    zero_point: Tensor | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """As ops.weight_only_linear, for a weight that is not packed; the result is float64.
+
+    8 bits: codes s8[N, K], scale f32[N], group_size None. 4 bits: codes s8[N, K] in [-8, 7] or, with zero_point
+    u8[N, groups], u8[N, K]; scale f16[N, groups]. The integer sums and the float32 product of the two scales are those
+    of the contract; what follows is float64.
+    """
+    size = 128 if group_size is None else group_size
+    n, k = codes.shape
+    rows = x.reshape(math.prod(x.shape[:-1]), k)
+    x_codes, x_scale = quantize_groups_of_rows(rows, size)
+    groups = x_codes.shape[1]
+    if group_size is None:
+        scale = scale[:, None].expand(n, groups)
+    values = codes.double()
+    points = torch.zeros(n, groups) if zero_point is None else zero_point
+    values = (
+        torch.nn.functional.pad(values, (0, groups * size - k)).reshape(n, groups, size) - points.double()[..., None]
+    )
+    # What was padded to meets x codes of zero.
+    sums = torch.einsum("mgk,ngk->mng", x_codes.double(), values)
+    y = (sums * (x_scale.squeeze(-1)[:, None, :] * scale.float()[None]).double()).sum(-1)
+    y = y.reshape(*x.shape[:-1], n)
+    if bias is not None:
+        y = y + bias.double()
+    return _activate(y, activation)
+
+
+def _activate(y: Tensor, activation: str | None) -> Tensor:
+    if activation == "relu":
+        return y.relu()
+    if activation == "gelu":
+        # torch's own float64 gelu is 0.5 y (1 + erf), which has lost more than a float32 can tell near y = -6
+        return 0.5 * y * torch.special.erfc(-y * 0.5**0.5)
+    if activation == "silu":
+        return torch.nn.functional.silu(y)
+    return y

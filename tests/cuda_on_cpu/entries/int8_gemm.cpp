@@ -51,7 +51,7 @@ FS_ENTRY const char* int8_gemm_weight_only(const void* x, int dtype, int64_t x_s
                                            const uint8_t* weight, const float* weight_scale, const float* bias,
                                            int activation, void* y, uint8_t* scratch) {
   return fs::simt::guarded([&] {
-    sm80::WeightOnlyArgs a{};
+    fs::int8_gemm::WeightOnlyArgs a{};
     a.x = x;
     a.dtype = static_cast<fs::DType>(dtype);
     a.x_stride = x_stride;
