@@ -83,7 +83,7 @@ class OnnxRuntime(nn.Module):
         options.log_severity_level = 3
         with tempfile.TemporaryDirectory() as folder:
             dense, quantized = f"{folder}/float32.onnx", f"{folder}/int8.onnx"
-            program = torch.onnx.export(States(self.bert), (ids,), dynamo=True, verbose=False)
+            program = torch.onnx.export(States(self.bert).eval(), (ids,), dynamo=True, verbose=False)
             assert program is not None
             program.save(dense)
             # Weights per channel; only what the others quantize too.
