@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FAMILY ?= int8_gemm
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-asan test-cuda-build native gpu-check bench check lint format clean
+.PHONY: help demo test test-asan test-cuda-build native gpu-check bench bench-encoder check lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo 'make native     the torch-free tests of the kernels: every level of this CPU, bit for bit'
 	@echo 'make gpu-check  on a machine with a GPU: build, test, sanitize and time the CUDA kernels there'
 	@echo 'make bench      measure a family against its peers: make bench FAMILY=int8_gemm'
+	@echo 'make bench-encoder  int8 in a whole model against its peers'
 	@echo 'make check      every kernel that this machine can run against its oracle'
 	@echo 'make lint       ruff, mypy, clang-format, stable ABI, ISA objects, CUDA sources'
 	@echo 'make format     let ruff and clang-format rewrite'
@@ -46,6 +47,9 @@ gpu-check:
 
 bench: $(VENV)/.built $(VENV)/.peers
 	$(BIN)/python -m bench --family $(FAMILY)
+
+bench-encoder: $(VENV)/.built $(VENV)/.peers
+	$(BIN)/python -m bench.encoder
 
 # Others' kernels, only compared with; the bench runs without them and says what is missing.
 $(VENV)/.peers: pyproject.toml $(VENV)/.built

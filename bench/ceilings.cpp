@@ -276,7 +276,7 @@ double ceil_compute(int kind, double seconds, int bursts, int threads) {
   struct Kind {
     void (*body)();
     double ops;  // of one body; an instruction's: 2 x lanes (fp32), 2 x 16 products (vpmaddwd), 2 x bytes (vpdpbusd),
-  };             // 2 x 16 rows x 16 columns x 64 (tdpbusd)
+  };  // 2 x 16 rows x 16 columns x 64 (tdpbusd)
 #if HAS_AVXVNNI
   constexpr auto avxvnni = vnni_avxvnni;
 #else
@@ -288,12 +288,8 @@ double ceil_compute(int kind, double seconds, int bursts, int threads) {
   constexpr void (*amx)() = nullptr;
 #endif
   constexpr double wide = double(kIters) * kWide, narrow = double(kIters) * kNarrow;
-  const Kind kinds[] = {{fma_avx2, 16 * narrow},
-                        {fma_avx512, 32 * wide},
-                        {maddwd_avx2, 32.0 * kIters * kMadd},
-                        {avxvnni, 64 * narrow},
-                        {vnni_avx512, 128 * wide},
-                        {amx, 2.0 * 16 * 16 * 64 * kIters}};
+  const Kind kinds[] = {{fma_avx2, 16 * narrow}, {fma_avx512, 32 * wide},   {maddwd_avx2, 32.0 * kIters * kMadd},
+                        {avxvnni, 64 * narrow},  {vnni_avx512, 128 * wide}, {amx, 2.0 * 16 * 16 * 64 * kIters}};
   if (kind < 0 || kind > 5 || !kinds[kind].body) return -1;
   return run({seconds, bursts, threads}, kinds[kind].ops, [&](int) { return kinds[kind].body; });
 }

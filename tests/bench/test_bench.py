@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench import bars, ceilings, machine, measure, registry, report, rows, runner  # noqa: E402
+from bench import bars, ceilings, encoder, machine, measure, registry, report, rows, runner  # noqa: E402
 
 TOY = str(Path(__file__).with_name("toy_family.py"))
 CACHES = {"L1": 32 << 10, "L2": 1 << 20, "L3": 32 << 20}
@@ -465,6 +465,33 @@ def test_failures_are_rows(toy_rows: dict[tuple[str, int], rows.Row]) -> None:
     assert ("only beyond AVX2", 1) not in toy_rows
 
 
+def test_an_implementation_may_want_more_threads(
+    toy: dict[str, registry.Case], toy_rows: dict[tuple[str, int], rows.Row]
+) -> None:
+    row = toy_rows["two threads", 1]
+    assert row.threads == 2
+    if (os.cpu_count() or 1) > 1 and len(os.sched_getaffinity(0)) > 1:
+        assert row.right
+    else:
+        assert row.error == "not available: needs 2 cores, this process may use 1"
+    names = [i.name for i, _ in runner._who(toy["toy"], runner.Settings(TOY, threads=2), beyond_avx2=False)]
+    assert "good" in names
+    assert "two threads" not in names
+
+
+def test_peers_get_the_hold_and_ours_does_not(toy: dict[str, registry.Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr(
+        runner, "Child", lambda name, malloc, env, settings, threads: seen.update({name: (env, threads)})
+    )
+    children = runner.Children(runner.Settings(TOY, hold={"A": "1"}))
+    for implementation in toy["toy"].implementations:
+        children.get(replace(implementation, env={"B": "2"}), "default")
+    assert seen["good"] == ({"A": "1", "B": "2"}, None)
+    assert seen[registry.OURS] == ({"B": "2"}, None)
+    assert seen["two threads"] == ({"B": "2"}, 2)
+
+
 def test_a_crash_is_reported_and_the_run_goes_on(toy_rows: dict[tuple[str, int], rows.Row]) -> None:
     assert toy_rows["crashes at 1", 1].error == "its process ended with exit code 3"
     assert toy_rows["crashes at 1", 2].right  # in a new process
@@ -498,6 +525,36 @@ def test_a_family_that_cannot_be_imported_is_a_row(tmp_path: Path) -> None:
     broken.write_text("import a_module_that_does_not_exist\n")  # now only the children fail
     (row,) = runner.run(cases, runner.quick(runner.Settings(str(broken))), beyond_avx2=False)
     assert row.error == "ModuleNotFoundError: No module named 'a_module_that_does_not_exist'"
+
+
+# ---- the encoder's bars ----
+
+
+def test_bars_of_the_encoder() -> None:
+    times = {encoder.FLOAT32: (6.6, 24.0, 700.0), encoder.OURS: (2.0, 10.0, 360.0), encoder.PEERS[0]: (2.2, 9.7, 300.0)}
+    ways: dict[str, dict[str, Any]] = {
+        name: {
+            "name": name,
+            "problem": None,
+            "seconds": dict(zip(encoder.GOALS, seconds, strict=True)),
+            "cosine_mean": 0.998,
+            "cosine_least": 0.9949,
+        }
+        for name, seconds in times.items()
+    }
+    ways[encoder.PEERS[1]] = {"name": encoder.PEERS[1], "problem": "it is not installed", "seconds": {}}
+    found = encoder.verdicts(ways)
+    assert [v.status for v in found] == [
+        *(bars.MET, bars.MET, bars.NEARLY),  # 3.3, 2.4, 1.94
+        *(bars.MISSED, bars.NOT_MEASURABLE),
+        *(bars.MET, bars.MISSED),  # a cosine has no noise
+    ]
+    assert "it is not installed" in found[4].detail
+    described = {"cpu": "a CPU", "isa": "avx512", "date": "today"}
+    text = encoder.markdown({"ways": list(ways.values()), "machine": described, "peers_held_by": {"A": "1"},
+                             "bars": [vars(v) for v in found]})  # fmt: skip
+    assert "| fastsparse int8, compiled | 2000.0 (3.30x) | 10000.0 (2.40x) |" in text
+    assert "A=1" in text
 
 
 # ---- end to end ----

@@ -73,6 +73,11 @@ def held(m: int) -> Call:
     return lambda: m
 
 
+@peer("toy", "two threads", kind="threads", check=check, threads=2, mallocs=("default",))
+def two(m: int) -> Call:
+    return lambda: m
+
+
 @case("toy_hang", shapes=[{"m": 1}])
 def hangs(m: int) -> Call:
     threading.Event().wait()
