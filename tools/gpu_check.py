@@ -262,6 +262,31 @@ def ops(device: str) -> Iterator[Op]:
             "copy" if few else "int8",
         )
 
+    weight = torch.randn(n, k)
+    for bits, group in ((8, None), (4, 32), (4, 128)):
+        if group is None:
+            w_scale = weight.abs().amax(1) / 127
+            pack = fs.pack((weight / w_scale[:, None]).round().to(torch.int8)).to(device)
+            w_scale = w_scale.to(device)
+        else:
+            nibbles, scales, points = fs.quantize_groups(weight, group)
+            pack = fs.pack(nibbles, "u4", scale=scales, zero_point=points, group_size=group).to(device)
+            w_scale = None
+        dense = weight.to(device, torch.bfloat16)
+        for m in (1, 16):
+            yield Op(
+                "int8_gemm",
+                f"weight_only_linear {m}x{n}x{k} bf16, {bits} bits{'' if group is None else f' in groups of {group}'}",
+                ("multiply_groups", "quantize_groups"),
+                sets(
+                    lambda m=m, pack=pack: (random(m, k, dtype=torch.bfloat16), pack.clone()),
+                    lambda x, p, s=w_scale: fs.weight_only_linear(x, p, None, None, s, n),
+                ),
+                {"bf16 linear": sets(lambda m=m, d=dense: (random(m, k, dtype=torch.bfloat16), d.clone()), F.linear)},
+                pack.nbytes,
+                "copy",
+            )
+
     # A layer inside a chain: codes in, residual added, codes out.
     m = 64 if small else 2048
     codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)

@@ -217,7 +217,7 @@ _SPARSE_TOLERANCE = 1e-5
 
 CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
     ("int8_gemm", "cpu"): [_int8_mm, _int8_linear, _int8_chain, _weight_only],
-    ("int8_gemm", "cuda"): [_int8_linear, _int8_chain],
+    ("int8_gemm", "cuda"): [_int8_linear, _int8_chain, _weight_only],
     ("qdq", "cpu"): [_qdq],
     ("qdq", "cuda"): [_qdq],
     ("kl_loss", "cpu"): [_kl_loss],

@@ -23,9 +23,7 @@ BUILDS = os.environ.get("CUDA_ON_CPU_BUILDS", "fast,race").split(",")
 
 
 if BUILDS == ["device"]:  # the other files are about the stand-in itself
-    collect_ignore = [
-        f"test_cuda_{name}.py" for name in ("asan", "compiled", "defects", "status", "weight_only", "wrappers")
-    ]
+    collect_ignore = [f"test_cuda_{name}.py" for name in ("asan", "compiled", "defects", "status", "wrappers")]
 
 
 @pytest.fixture(params=BUILDS)

@@ -109,6 +109,18 @@ class Device:
         result = [self.place(residual), y_scale, y_zero_point, dtype]
         return ops.int8_linear(self.place(x), *there, activation, x_scale, x_zero_point, *result).cpu()
 
+    def weight_only_linear(
+        self,
+        x: Tensor,
+        pack: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        weight_scale: Tensor | None,
+        out_features: int,
+    ) -> Tensor:
+        there = [self.place(pack, aligned=True), self.place(bias), activation, self.place(weight_scale)]
+        return ops.weight_only_linear(self.place(x), *there, out_features).cpu()
+
     def kl_div(
         self,
         student: Tensor,

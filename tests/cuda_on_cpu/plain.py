@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 HERE = Path(__file__).resolve().parent
-NOT_HERE = tuple(f"test_cuda_{name}" for name in ("asan", "compiled", "defects", "status", "weight_only", "wrappers"))
+NOT_HERE = tuple(f"test_cuda_{name}" for name in ("asan", "compiled", "defects", "status", "wrappers"))
 
 
 class _Mark:

@@ -282,23 +282,14 @@ class StandIn:
         )
         return y.clone()
 
-    def u4_pack(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, group: int) -> Tensor:
-        """A pack in host memory: codes [N, K], scale f16 and zero_point u8 [N, groups]; without those codes are s8."""
-        n, k = codes.shape
-        self.library.int8_gemm_u4_bytes.restype = ctypes.c_int64
-        sizes = map(ctypes.c_int64, (n, k, group, zero_point is not None))
-        pack = torch.empty(self.library.int8_gemm_u4_bytes(*sizes), dtype=torch.uint8)
-        self.call("int8_gemm_u4_pack", n, k, group, codes, scale, zero_point, pack)
-        return pack
-
     def weight_only_linear(
         self,
         x: Tensor,
         pack: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        weight_scale: Tensor | None,
         out_features: int,
-        bias: Tensor | None = None,
-        activation: str | None = None,
-        weight_scale: Tensor | None = None,
     ) -> Tensor:
         """As ops.weight_only_linear, for a matrix x."""
         m, k = x.shape

@@ -1,9 +1,8 @@
-"""weight_only_linear on the CPU stand-in, against float64: exact sums of groups, one rounding for each group added."""
+"""weight_only_linear on CUDA, against float64: exact sums of groups, one rounding for each group added."""
 
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import pytest
@@ -14,8 +13,6 @@ from torch import Tensor
 from fastsparse import ops
 from ops.test_int8_gemm import ACTIVATIONS, DTYPES, awkward_rows, s8
 from support import same_bits, strided
-
-pytestmark = pytest.mark.skipif(os.environ.get("CUDA_ON_CPU_BUILDS") == "device", reason="the stand-in packs u4 itself")
 
 # Off every tile: rows 8, 16; columns 4, 16, 32; k 4, 8, groups, a turn of 128 and a turn of all warps (1024).
 SHAPES = [
@@ -32,7 +29,7 @@ SHAPES = [
 KINDS = [32, 64, 128, -32, -64, -128, 8]  # groups of 4 bits, negative: with zero points; 8: eight bits
 
 
-def weight(kernels: StandIn, kind: int, n: int, k: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def weight(kind: int, n: int, k: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(pack, weight_scale, integers s8[n, groups * group], scales f32[n, groups])."""
     if kind == 8:
         codes, scale, groups = s8(n, k), torch.rand(n) - 0.5, -(-k // 128)
@@ -49,7 +46,7 @@ def weight(kernels: StandIn, kind: int, n: int, k: int) -> tuple[Tensor, Tensor 
         zero = torch.randint(0, 16, (n, groups), dtype=torch.uint8)
         integers = (codes.int() - zero.int().repeat_interleave(group, 1)[:, :k]).to(torch.int8)
     padded = torch.nn.functional.pad(integers, (0, groups * group - k))
-    return kernels.u4_pack(codes, scale, zero, group), None, padded, scale.float()
+    return ops.pack(codes, "u4", scale=scale, zero_point=zero, group_size=group), None, padded, scale.float()
 
 
 def terms(x: Tensor, integers: Tensor, scales: Tensor) -> Tensor:
@@ -95,11 +92,11 @@ def test_weight_only(kernels: StandIn, dtype: torch.dtype, kind: int, seed: int)
     for i, (m, n, k) in enumerate(SHAPES):
         x = awkward_rows(m, k, dtype) if i % 2 else torch.randn(m, k).to(dtype)
         x = strided(x) if i % 3 == 1 else x
-        w = weight(kernels, kind, n, k)
+        w = weight(kind, n, k)
         bias = torch.randn(n) if (i + seed) % 2 else None
         activation = ACTIVATIONS[(i + seed) % 4]
         with kernels.launches(seed, offset=i % 2):
-            got = kernels.weight_only_linear(x, w[0], n, bias, activation, w[1])
+            got = kernels.weight_only_linear(x, w[0], bias, activation, w[1], n)
             assert kernels.bank_conflicts() == 0, kernels.conflict_places()
         assert_right(got, x, w, bias, activation, (m, n, k))
 
@@ -107,21 +104,31 @@ def test_weight_only(kernels: StandIn, dtype: torch.dtype, kind: int, seed: int)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_group_is_exact(kernels: StandIn, kind: int) -> None:
     m, n, k = 7, 37, 128 if kind == 8 else abs(kind)
-    x, w, bias = torch.randn(m, k), weight(kernels, kind, n, k), torch.randn(n)
+    x, w, bias = torch.randn(m, k), weight(kind, n, k), torch.randn(n)
     with kernels.launches():
-        got = kernels.weight_only_linear(x, w[0], n, bias, None, w[1])
+        got = kernels.weight_only_linear(x, w[0], bias, None, w[1], n)
     assert same_bits(got, terms(x, w[2], w[3]).sum(2).float() + bias)
+    assert same_bits(got, ops.weight_only_linear(x, w[0], bias, None, w[1], n))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_up_to_128_k_the_bits_are_the_cpus(kernels: StandIn, kind: int) -> None:
+    for m, n, k in ((7, 37, 128), (11, 16, 99)):
+        x, w, bias = torch.randn(m, k), weight(kind, n, k), torch.randn(n)
+        with kernels.launches():
+            got = kernels.weight_only_linear(x, w[0], bias, "relu", w[1], n)
+        assert same_bits(got, ops.weight_only_linear(x, w[0], bias, "relu", w[1], n))
 
 
 def test_bits_do_not_depend_on_the_rows_beside(kernels: StandIn) -> None:
-    x, w = torch.randn(19, 1300), weight(kernels, -32, 40, 1300)
+    x, w = torch.randn(19, 1300), weight(-32, 40, 1300)
     with kernels.launches():
-        together = kernels.weight_only_linear(x, w[0], 40)
-        alone = torch.cat([kernels.weight_only_linear(x[i : i + 1], w[0], 40) for i in range(19)])
+        together = kernels.weight_only_linear(x, w[0], None, None, None, 40)
+        alone = torch.cat([kernels.weight_only_linear(x[i : i + 1], w[0], None, None, None, 40) for i in range(19)])
     assert same_bits(together, alone)
 
 
 def test_nothing_is_done_for_nothing(kernels: StandIn) -> None:
     with kernels.launches():
-        assert kernels.weight_only_linear(torch.empty(0, 5), weight(kernels, 32, 3, 5)[0], 3).shape == (0, 3)
-        assert kernels.weight_only_linear(torch.randn(2, 5), weight(kernels, 32, 0, 5)[0], 0).shape == (2, 0)
+        assert kernels.weight_only_linear(torch.empty(0, 5), weight(32, 3, 5)[0], None, None, None, 3).shape == (0, 3)
+        assert kernels.weight_only_linear(torch.randn(2, 5), weight(32, 0, 5)[0], None, None, None, 0).shape == (2, 0)

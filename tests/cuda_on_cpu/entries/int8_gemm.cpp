@@ -1,6 +1,5 @@
 // The launchers of csrc/int8_gemm/cuda as plain C functions for ctypes.
 #include "../../../csrc/int8_gemm/cuda/sm80.h"
-#include "../../../csrc/int8_gemm/formats/u4.h"
 #include "../runtime/entry.h"
 
 namespace sm80 = fs::int8_gemm::sm80;
@@ -65,15 +64,5 @@ FS_ENTRY const char* int8_gemm_weight_only(const void* x, int dtype, int64_t x_s
     a.y = y;
     sm80::weight_only_linear(a, scratch, nullptr);
   });
-}
-
-// A u4 pack in host memory: `codes` u8 [n, k] and `zero` [n, groups] in [0, 15], or s8 in [-8, 7] and null.
-FS_ENTRY int64_t int8_gemm_u4_bytes(int64_t n, int64_t k, int64_t group, int affine) {
-  return fs::u4::Layout{n, k, group, affine != 0}.bytes();
-}
-FS_ENTRY const char* int8_gemm_u4_pack(int64_t n, int64_t k, int64_t group, const uint8_t* codes, const uint16_t* scale,
-                                       const uint8_t* zero, uint8_t* pack) {
-  return fs::simt::guarded(
-      [&] { fs::u4::pack(fs::u4::Layout{n, k, group, zero != nullptr}, codes, k, 1, scale, zero, pack); });
 }
 }
