@@ -17,6 +17,8 @@
 //           saturate: the codes of qdq's static quantize (qdq/qdq.h); 1 / y_scale is one float32 division.
 //   So a layer's codes with (y_scale, y_zero_point) are the next layer's codes with (x_scale, x_zero_point).
 //
+//   weight_only_linear  weights of 8 or 4 bits for few rows: its contract is weight_only.h
+//
 // The work is cut into four steps; a Kernels row holds one ISA level's version of each:
 //
 //   x --quantize--> A panel --tile--> acc s32[rows][columns] --epilogue--> y

@@ -4,13 +4,13 @@
 //          vpmaddwd by 1. AVX-VNNI: vpdpbusd. s8: AVX2 widens both sides to s16 (vpmaddwd), AVX-VNNI reads w ^ 0x80 =
 //          w + 128. What the codes are too large by is taken off beforehand: sums start at -8 (or -zero point, or
 //          -128) times the sum of the group's x.
-// Tile     1, 2 rows x 16 columns, 3, 4 rows x 8, each sum with its float32 beside it.
+// Tile     1 row x 16 columns, 2, 3 rows x 8, each sum with its float32 beside it: more would spill.
 // Measured docs/kernels/int8_gemm.md
 #include "weight_only.inl"
 
 namespace {
 
-constexpr int kWeightOnlyRows = 4;
+constexpr int kWeightOnlyRows = 3;
 #if defined(__AVXVNNI__)
 constexpr bool kHasVnni = true;
 #else
@@ -287,18 +287,16 @@ void for_each_panel(const GroupTileArgs& t, bool u4) {
 void tile_u4(const GroupTileArgs& t) {
   switch (t.rows) {
     case 1: return for_each_panel<&tile_u4_of<2, 1>, 2>(t, true);
-    case 2: return for_each_panel<&tile_u4_of<2, 2>, 2>(t, true);
-    case 3: return for_each_panel<&tile_u4_of<1, 3>, 1>(t, true);
-    default: return for_each_panel<&tile_u4_of<1, 4>, 1>(t, true);
+    case 2: return for_each_panel<&tile_u4_of<1, 2>, 1>(t, true);
+    default: return for_each_panel<&tile_u4_of<1, 3>, 1>(t, true);
   }
 }
 
 void tile_s8(const GroupTileArgs& t) {
   switch (t.rows) {
     case 1: return for_each_panel<&tile_s8_of<2, 1>, 2>(t, false);
-    case 2: return for_each_panel<&tile_s8_of<2, 2>, 2>(t, false);
-    case 3: return for_each_panel<&tile_s8_of<1, 3>, 1>(t, false);
-    default: return for_each_panel<&tile_s8_of<1, 4>, 1>(t, false);
+    case 2: return for_each_panel<&tile_s8_of<1, 2>, 1>(t, false);
+    default: return for_each_panel<&tile_s8_of<1, 3>, 1>(t, false);
   }
 }
 

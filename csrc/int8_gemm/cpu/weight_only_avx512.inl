@@ -23,17 +23,15 @@
 namespace {
 
 constexpr int kWeightOnlyRows = 12;
-constexpr int64_t kFarAhead = 1536;  // bytes: prefetcht1 beyond prefetcht0
-constexpr int64_t kStride = 128;     // bytes of one step of a column stream: two cells
+constexpr int64_t kStride = 128;  // bytes of one step of a column stream: two cells
 
-template <_mm_hint kHint>
 WO_INLINE void prefetch_step(Vecs<0>, const uint8_t*, int64_t) {}
-template <_mm_hint kHint, int kPanels>
+template <int kPanels>
 WO_INLINE void prefetch_step(Vecs<kPanels>, const uint8_t* w, int64_t panel_stride) {
-  prefetch_step<kHint>(Vecs<kPanels - 1>(), w, panel_stride);
+  prefetch_step(Vecs<kPanels - 1>(), w, panel_stride);
   const uint8_t* p = w + (kPanels - 1) * panel_stride;
-  _mm_prefetch(reinterpret_cast<const char*>(p), kHint);
-  _mm_prefetch(reinterpret_cast<const char*>(p + 64), kHint);
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(p + 64), _MM_HINT_T0);
 }
 
 WO_INLINE __m512i broadcast4(const int8_t* x) { return broadcast4(reinterpret_cast<const uint8_t*>(x)); }
@@ -218,8 +216,7 @@ void tile_panels(const GroupTileArgs& t) {
     const int8_t* end = x + t.group;
     do {
       if (t.prefetch_ahead > 0) {
-        prefetch_step<_MM_HINT_T0>(Vecs<kPanels>(), w + ahead, t.panel_stride);
-        prefetch_step<_MM_HINT_T1>(Vecs<kPanels>(), w + ahead + kFarAhead, t.panel_stride);
+        prefetch_step(Vecs<kPanels>(), w + ahead, t.panel_stride);
       }
       Format::template step<kTwoSets>(first, second, w, t.panel_stride, x);
       w += kStride;
