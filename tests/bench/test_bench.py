@@ -276,6 +276,11 @@ def _grid(
     for bias in (0, 1):
         shape = {"m": 16, "k": 16, "n": 16, "bias": bias}
         found += [_row("call_cost", 1.1, **shape), _row("call_cost", 1.0, "torch fp32", "fp32", **shape)]
+    for k, n in bars.WEIGHT_ONLY_WEIGHTS:
+        for group in (32, 64, 128):
+            shape = {"m": 1, "k": k, "n": n, "bits": 4, "group": group}
+            case = "weight_only_linear from DRAM"
+            found += [_row(case, 1.0, **shape), _row(case, 1.9, "fastsparse int8_linear", "fused", **shape)]
     return found
 
 
