@@ -1411,7 +1411,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
         "int8_pack: K must be at most 131071",
         "got weight[1, 131072]",
     ),
-    "pack format": (lambda: ops.pack(W, "bitmap"), "pack: format must be 'auto' or 'vnni16'", "got 'bitmap'"),
+    "pack format": (lambda: ops.pack(W, "bitmap"), "pack: format must be 'auto', 'vnni16' or 'u4'", "got 'bitmap'"),
     "pack rows": (lambda: ops.pack(W, rows=-1), "pack: rows must be None or at least 0", "got -1"),
     # unpack, the op: N and K come from the caller
     "unpack int8": (unpack(PACK.char()), "int8_unpack: pack must be uint8", "got int8"),
