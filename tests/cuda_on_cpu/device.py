@@ -162,11 +162,16 @@ class Device:
 
     @staticmethod
     def _gradient(loss: Tensor, there: Tensor, student: Tensor) -> Tensor | None:
-        """In the dtype that the kernel writes: float32 for float16, which autograd has rounded in between."""
+        """As autograd hands it on: in the student's dtype (gradient_dtype)."""
         if not there.requires_grad:
             return None
         (gradient,) = torch.autograd.grad(loss.sum(), there)
-        return gradient.cpu().to(torch.float32 if student.dtype == torch.float16 else student.dtype)
+        assert gradient.dtype == student.dtype
+        return gradient.cpu()
+
+    @staticmethod
+    def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+        return dtype
 
 
 @functools.cache

@@ -189,6 +189,11 @@ class StandIn:
 
     # --- kl_loss -----------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+        """Of a gradient to logits of that dtype: the kernel writes float32 for float16, which autograd rounds."""
+        return torch.float32 if dtype == torch.float16 else dtype
+
     def kl_div(
         self,
         student: Tensor,
