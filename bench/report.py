@@ -297,8 +297,8 @@ def draw(result: Result, cases: Mapping[str, Case], path: Path) -> bool:
         return False
 
     names = list(dict.fromkeys(row.name for _, _, rows in columns for row in rows if row.kind != "threads"))
-    palette = pyplot.get_cmap("tab10")
-    colours = {name: palette(i % 10) for i, name in enumerate(names)}
+    palette = pyplot.get_cmap("tab10" if len(names) <= 10 else "tab20")
+    colours = {name: palette(i % palette.N) for i, name in enumerate(names)}
     across = min(len(columns), PANELS_ACROSS)
     bands = -(-len(columns) // across)
     figure, axes = pyplot.subplots(2 * bands, across, figsize=(4 * across, 7 * bands), squeeze=False)
@@ -320,7 +320,7 @@ def draw(result: Result, cases: Mapping[str, Case], path: Path) -> bool:
             near = [(row.shape[over], row.fractions[b]) for row in own if (b := bound(row)) is not None]
             if near:
                 fraction.plot(*zip(*near, strict=True), marker="o", color=colours[name], label=name)
-        ratio.set_title(title)
+        ratio.set_title(title.replace(" ", "\n", 1) if len(title) > 30 else title, fontsize=10)
         ratio.axhline(1, color="grey", linewidth=0.8)
         ratio.set_yscale("log")
         ratio.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
@@ -334,10 +334,10 @@ def draw(result: Result, cases: Mapping[str, Case], path: Path) -> bool:
             axis.set_xlabel(over.upper())
             axis.grid(alpha=0.3)
     handles = [lines.Line2D([], [], marker="o", color=colours[name], label=name) for name in names]
-    figure.legend(handles=handles, loc="lower center", ncols=len(names), frameon=False)
+    figure.legend(handles=handles, loc="lower center", ncols=min(len(names), across + 1), frameon=False)
     figure.suptitle(f"{result.family}, {result.machine['cpu']}, {result.machine['isa']}, "
                     f"{result.options['threads']} thread(s), {result.machine['date']}")  # fmt: skip
-    figure.tight_layout(rect=(0, 0.05 / bands, 1, 0.98))
+    figure.tight_layout(rect=(0, 0.12 / bands, 1, 0.98))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
