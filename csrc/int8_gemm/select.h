@@ -36,7 +36,7 @@ int64_t chunk_rows(const Kernels& kernels, int64_t m, int64_t k);
 int64_t packed_columns(int64_t k);
 
 // True: threads share the rows; false: they share the columns and each quantizes all of x.
-bool split_rows(int64_t m, int64_t n, int64_t k);
+bool split_rows(const Kernels& kernels, int64_t m, int64_t n, int64_t k);
 
 // weight_only_linear: rows of x that are quantized and multiplied at a time.
 int64_t weight_only_rows(const Kernels& kernels, int64_t m);

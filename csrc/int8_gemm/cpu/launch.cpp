@@ -125,7 +125,7 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
   const int64_t x_bytes = args.x_codes ? 1 : element_bytes(args.dtype);
   const int64_t residual_bytes = element_bytes(args.y_dtype);
   const int64_t y_bytes = args.requantize ? 1 : element_bytes(args.y_dtype);
-  split(args.m, args.n, args.k, split_rows(args.m, args.n, args.k),
+  split(args.m, args.n, args.k, split_rows(kernels, args.m, args.n, args.k),
         [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
           const int64_t chunk = chunk_rows(kernels, row_end - row_begin, args.k);
           const ChunkScratch s(kernels, chunk, args.k, n_end - n_begin);
