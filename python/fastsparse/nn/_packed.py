@@ -31,6 +31,12 @@ class PackedLinear(nn.Module):
         """What keeps the tensors of `state` under `prefix` from being this layer's; absent ones are not its matter."""
         raise NotImplementedError  # only a subclass knows its format
 
+    def take_bias(self, linear: nn.Linear) -> None:
+        """The dense layer's bias, copied, in float32."""
+        if linear.bias is not None:
+            bias = linear.bias.detach().to(torch.float32, copy=True)
+            self.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+
     def make_room(self, weight: Tensor) -> None:
         """Called before a valid `weight` is loaded, for formats whose length depends on what they hold."""
 
@@ -90,6 +96,23 @@ class PackedLinear(nn.Module):
 
         super()._apply(keep_dtype, recurse)
         return self
+
+
+def weight_to_pack(linear: Any, activation: Any, where: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
+    """The weight of a dense layer that from_linear may take, detached; raises what from_linear says."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{where}: linear must be a torch.nn.Linear, got {type(linear).__name__}")
+    check_activation(activation, where)
+    if nn.parameter.is_lazy(linear.weight):
+        raise ValueError(f"{where}: linear has no weights yet (a lazy layer); run the model once before converting")
+    weight = linear.weight.detach()
+    if weight.device.type != "cpu":
+        raise ValueError(f"{where}: linear must be on the CPU, got {weight.device}")
+    if weight.dtype not in dtypes:
+        names = [str(dtype).removeprefix("torch.") for dtype in (*dtypes, weight.dtype)]
+        wanted = " or ".join(filter(None, (", ".join(names[:-2]), names[-2])))
+        raise ValueError(f"{where}: linear.weight must be {wanted}, got {names[-1]} (linear.float() converts it)")
+    return weight
 
 
 def check_size(where: str, name: str, value: Any, largest: int, why: str) -> None:

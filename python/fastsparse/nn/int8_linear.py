@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsparse import ops
-from fastsparse.nn._packed import FLOATS, PackedLinear, check_activation, check_size, what
+from fastsparse.nn._packed import PackedLinear, check_activation, check_size, weight_to_pack, what
 
 MAX_K = 131071  # kMaxK in csrc/int8_gemm/int8_gemm.h: beyond it a sum of int8 products may leave int32
 _MAX_K_AFFINE = 65793  # kMaxKAffine: with a zero point
@@ -155,21 +155,7 @@ class Int8Linear(PackedLinear):
             TypeError: `linear` is no torch.nn.Linear.
             ValueError: names the argument, what came and what was expected.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"Int8Linear.from_linear: linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        check_activation(activation, "Int8Linear.from_linear")
-        if nn.parameter.is_lazy(linear.weight):
-            raise ValueError(
-                "Int8Linear.from_linear: linear has no weights yet (a lazy layer); run the model once before converting"
-            )
-        weight = linear.weight.detach()
-        if weight.device.type != "cpu":
-            raise ValueError(f"Int8Linear.from_linear: linear must be on the CPU, got {weight.device}")
-        if weight.dtype not in FLOATS:
-            raise ValueError(
-                "Int8Linear.from_linear: linear.weight must be float32, bfloat16 or float16, "
-                f"got {str(weight.dtype).removeprefix('torch.')} (linear.float() converts it)"
-            )
+        weight = weight_to_pack(linear, activation, "Int8Linear.from_linear")
         out_features, in_features = weight.shape
         if in_features > MAX_K:
             raise ValueError(
@@ -196,9 +182,7 @@ class Int8Linear(PackedLinear):
                 module._set_static(side, *values)
         module.weight = ops.pack(codes)
         module.weight_scale = scale
-        if linear.bias is not None:
-            bias = linear.bias.detach().to(torch.float32, copy=True)
-            module.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+        module.take_bias(linear)
         return module.train(linear.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

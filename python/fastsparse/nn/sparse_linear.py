@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsparse import ops
-from fastsparse.nn._packed import PackedLinear, check_activation, check_size, what
+from fastsparse.nn._packed import PackedLinear, check_activation, check_size, weight_to_pack, what
 
 _MAX_SIDE = 2**31 - 1
 
@@ -69,17 +69,7 @@ class SparseLinear(PackedLinear):
             ValueError: names the argument, what came and what was expected.
         """
         where = "SparseLinear.from_linear"
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"{where}: linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        check_activation(activation, where)
-        if nn.parameter.is_lazy(linear.weight):
-            raise ValueError(f"{where}: linear has no weights yet (a lazy layer); run the model once before converting")
-        weight = linear.weight.detach()
-        if weight.device.type != "cpu":
-            raise ValueError(f"{where}: linear must be on the CPU, got {weight.device}")
-        if weight.dtype != torch.float32:
-            dtype = str(weight.dtype).removeprefix("torch.")
-            raise ValueError(f"{where}: linear.weight must be float32, got {dtype} (linear.float() converts it)")
+        weight = weight_to_pack(linear, activation, where, (torch.float32,))
         try:
             pack = ops.pack(weight, format, rows)
         except ValueError as error:
@@ -88,9 +78,7 @@ class SparseLinear(PackedLinear):
         with torch.device("meta"):  # every tensor of it is set below
             module = cls(in_features, out_features, linear.bias is not None, activation)
         module.weight = pack
-        if linear.bias is not None:
-            bias = linear.bias.detach().to(torch.float32, copy=True)
-            module.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+        module.take_bias(linear)
         return module.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsparse import ops
-from fastsparse.nn._packed import FLOATS, PackedLinear, check_activation, check_size, what
+from fastsparse.nn._packed import PackedLinear, check_activation, check_size, weight_to_pack, what
 from fastsparse.nn.int8_linear import MAX_K, quantize_weight
 from fastsparse.ops.int8_gemm import GROUP_SIZES, u4_bytes
 
@@ -111,20 +111,8 @@ class WeightOnlyLinear(PackedLinear):
             ValueError: names the argument, what came and what was expected.
         """
         where = "WeightOnlyLinear.from_linear"
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"{where}: linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        weight = weight_to_pack(linear, activation, where)
         _check_kind(where, bits, group_size, symmetric)
-        check_activation(activation, where)
-        if nn.parameter.is_lazy(linear.weight):
-            raise ValueError(f"{where}: linear has no weights yet (a lazy layer); run the model once before converting")
-        weight = linear.weight.detach()
-        if weight.device.type != "cpu":
-            raise ValueError(f"{where}: linear must be on the CPU, got {weight.device}")
-        if weight.dtype not in FLOATS:
-            dtype = str(weight.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{where}: linear.weight must be float32, bfloat16 or float16, got {dtype} (linear.float() converts it)"
-            )
         out_features, in_features = weight.shape
         if bits == 8 and in_features > MAX_K:
             raise ValueError(f"{where}: linear must have at most {MAX_K} in_features for 8 bits, got {in_features}")
@@ -138,9 +126,7 @@ class WeightOnlyLinear(PackedLinear):
                 module.weight = _pack_u4(weight, module.group_size, symmetric)
         except ValueError as error:
             raise ValueError(f"{where}: linear.weight can't be quantized: {error}") from error
-        if linear.bias is not None:
-            bias = linear.bias.detach().to(torch.float32, copy=True)
-            module.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+        module.take_bias(linear)
         return module.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
