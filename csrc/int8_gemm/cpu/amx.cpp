@@ -2,14 +2,16 @@
 // Idea     tdpbusd multiplies 16 rows of 64 k by 64 k of 16 columns in one instruction. A column panel of vnni16 is a
 //          tile as it lies in memory, and so is the A panel of the avx512 row, which has all else of this row.
 // Tile     up to 32 rows x 32 columns: 2 x 2 tiles of sums, 2 of x, 2 of weights = 8 of 8. Up to 16 rows: 16 x 64.
-//          Up to kVnniRows rows are left to the avx512 row: they are bound by reading the weights, not by arithmetic.
+//          Up to kVnniRows rows (one, where the weights lie in L2) are left to the avx512 row: they are bound by
+//          reading the weights, not by arithmetic, and its loop reads faster.
 // Reads    x 16 rows of 64 bytes at kRowStride; weights 1024 bytes in a row. Tiles always have 16 rows: those beyond
 //          `rows` hold whatever lies in the scratch, and their sums are not handed on.
 // Start    a tile load with stride 0 puts -offset * column_sum into every row, so the compensation costs nothing.
 // Tails    n: 16 columns at a time; k: the last steps of the weights are copied to a tile whose other rows are zero,
 //          since behind them the next column panel begins.
 // Bound    per 64 k of 32 x 32: 4 products of 16 cycles, 64 lines loaded = 32 cycles: compute.
-// Prefetch the next column panel comes to L2 (prefetcht1) evenly under the current one.
+// Prefetch weights beyond L2: one tile of rows reads each weight once and asks for the next 64 k (prefetcht0); under
+//          several the next column panel comes to L2 evenly (prefetcht1).
 // Measured docs/kernels/int8_gemm.md
 #include <immintrin.h>
 

@@ -4,8 +4,7 @@
 // Tile     6 rows x 8 columns: an accumulator holds 4 columns x 2 partial sums, so 12 + 2 weights + 1 x of 16
 //          registers. Few rows: 3 x 16, weights consumed as they come.
 // Reads    16 bytes of weights = 4 columns x 4 k; x by vpbroadcastq, 4 k of one row. From 5 tiles on that share a
-// column
-//          panel its weights are widened once, ahead of them: the unpacking shares the ports of the products.
+//          column panel its weights are widened once, ahead of them: unpacking shares the ports of the products.
 // Tails    n: the caller copies only its columns; k: weights are zero-padded; m: smaller instances.
 // Bound    one vpmaddwd + one vpaddd per 16 products. Where vpmaddwd runs at the rate of FMA (Intel): 1.5x the FMA
 //          ceiling; where it runs on one 128-bit pipe (Zen 1) or at half the FMA rate (Zen 2): 1.0x.

@@ -1,14 +1,15 @@
 // int8_gemm, AVX-512-VNNI (F, BW, VL, DQ, VNNI): exact, -128 included.
-// Idea     vpdpbusd wants u8 * s8: x is stored as x_q + 128, and the sums start at -128 * column_sum, so it costs
-// nothing. Tile     up to 14 rows x 32 columns: 28 sums + 2 weights + 1 broadcast = 31 of 32 registers.
+// Idea     vpdpbusd wants u8 * s8: x is stored as x_q + 128, and the sums start at -128 * column_sum:
+//          it costs nothing.
+// Tile     up to 14 rows x 32 columns: 28 sums + 2 weights + 1 broadcast = 31 of 32 registers.
 //          Few rows (up to 6): 64 columns, four weight streams share a broadcast; 1 to 3 rows keep two sets of sums
 //          (even and odd steps), so that the latency of vpdpbusd stays hidden.
 // Reads    vnni16: one 64-byte load per 16 columns x 4 k; x by vpbroadcastd, 4 k of one row.
 // Tails    n: the caller copies only its columns; k: weights are zero-padded; m: smaller instances.
 // Bound    per 4 k of 14 x 32: 28 vpdpbusd on two ports = 14 cycles, 16 loads = 8 cycles: compute, once the weights
 //          are in L2. One row: the read bandwidth of the level the weights lie in.
-// Prefetch the next column panel comes to L2 (prefetcht1) evenly under the current one; few rows from L3 or DRAM read
-//          1 KB ahead (prefetcht0), none where the weights lie in L2.
+// Prefetch of weights beyond L2 alone: the next column panel comes to L2 (prefetcht1) evenly under the current one;
+//          few rows ask for 1 KB ahead (prefetcht0).
 // Measured docs/kernels/int8_gemm.md
 #include "../../runtime/simd/avx512.h"
 

@@ -29,7 +29,6 @@ struct ChunkScratch {
   float* scale;
   int32_t* acc;
   int32_t* start;
-
   int8_t* widened;  // a column panel as widen_weights() writes it
   uint8_t* rest;    // `extra` bytes, at a multiple of 64
 
