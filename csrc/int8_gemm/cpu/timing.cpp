@@ -1,9 +1,9 @@
 // The kernel's own time, without the dispatcher: what bandwidth bars are held against.
-#include <chrono>
 #include <stdexcept>
 #include <vector>
 
 #include "../../families.h"
+#include "../../runtime/timing.h"
 #include "../../runtime/workspace.h"
 #include "../formats/vnni16.h"
 #include "../select.h"
@@ -40,11 +40,7 @@ double time_int8_linear(int64_t m, int64_t n, int64_t k, int64_t repeats, int64_
       int8_gemm::linear(kernels, args);
     }
   };
-  run(copies);
-  const auto begin = std::chrono::steady_clock::now();
-  run(repeats);
-  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
-  return elapsed.count() / static_cast<double>(repeats);
+  return seconds_a_call(copies, repeats, run);
 }
 
 }  // namespace fs

@@ -1,10 +1,10 @@
 // The kernel's own time, without the dispatcher: what bandwidth bars are held against.
-#include <chrono>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
 
 #include "../../families.h"
+#include "../../runtime/timing.h"
 #include "../../runtime/workspace.h"
 #include "../formats/u4.h"
 #include "../formats/vnni16.h"
@@ -49,11 +49,7 @@ double time_weight_only_linear(int64_t m, int64_t n, int64_t k, int64_t bits, in
       int8_gemm::weight_only_linear(kernels, args);
     }
   };
-  run(copies);
-  const auto begin = std::chrono::steady_clock::now();
-  run(repeats);
-  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
-  return elapsed.count() / static_cast<double>(repeats);
+  return seconds_a_call(copies, repeats, run);
 }
 
 }  // namespace fs

@@ -1,9 +1,9 @@
 // The kernel's own time, without the dispatcher and without page faults: what bandwidth is held against.
-#include <chrono>
 #include <stdexcept>
 #include <vector>
 
 #include "../../families.h"
+#include "../../runtime/timing.h"
 #include "../select.h"
 
 namespace fs {
@@ -28,11 +28,9 @@ double time_kl_div(int64_t rows, int64_t classes, int64_t repeats) {
   a.grad = grad.data();
   a.kl_weight = 1.0 / static_cast<double>(rows);
   const kl_loss::Kernels& kernels = kl_loss::select();
-  kl_loss::loss(kernels, args);
-  const auto begin = std::chrono::steady_clock::now();
-  for (int64_t i = 0; i < repeats; ++i) kl_loss::loss(kernels, args);
-  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
-  return elapsed.count() / static_cast<double>(repeats);
+  return seconds_a_call(1, repeats, [&](int64_t count) {
+    for (int64_t i = 0; i < count; ++i) kl_loss::loss(kernels, args);
+  });
 }
 
 }  // namespace fs

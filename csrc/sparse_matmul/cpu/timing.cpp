@@ -1,9 +1,9 @@
 // The kernel's own time, without the dispatcher.
-#include <chrono>
 #include <stdexcept>
 #include <vector>
 
 #include "../../families.h"
+#include "../../runtime/timing.h"
 #include "../formats/sparse.h"
 #include "../select.h"
 
@@ -33,11 +33,7 @@ double time_sparse_linear(int64_t m, int64_t n, int64_t k, double density, int64
       linear(kernels, args);
     }
   };
-  run(copies);
-  const auto begin = std::chrono::steady_clock::now();
-  run(repeats);
-  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
-  return elapsed.count() / static_cast<double>(repeats);
+  return seconds_a_call(copies, repeats, run);
 }
 
 }  // namespace fs

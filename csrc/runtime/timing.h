@@ -1,0 +1,18 @@
+// The kernel's own time, for every family's timing.cpp.
+#pragma once
+#include <chrono>
+#include <cstdint>
+
+namespace fs {
+
+// Seconds a call: calls(count) makes so many; `warm` of them come first and are not counted.
+template <class Calls>
+double seconds_a_call(int64_t warm, int64_t repeats, const Calls& calls) {
+  calls(warm);
+  const auto begin = std::chrono::steady_clock::now();
+  calls(repeats);
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
+  return elapsed.count() / static_cast<double>(repeats);
+}
+
+}  // namespace fs
