@@ -13,6 +13,7 @@
 #include "cuda/sm80.h"
 #endif
 #include "formats/nm24.h"
+#include "formats/packed_format.h"
 #include "formats/sparse.h"
 #include "select.h"
 #include "sparse_matmul.h"
@@ -145,14 +146,13 @@ Tensor pack_cpu(Tensor weight, int64_t format) {
   const int64_t n = weight.size(0), k = weight.size(1);
   if (n >= kLargestSide || k >= kLargestSide)
     fail(kOp, "weight must have sides below 2^31, got " + shape_of("weight", weight));
-  if (format < formats::kBitmap32 || format > formats::kPanels128)
-    fail(kOp, "format must be 2 (bitmap32), 3 (sell16) or 4 (panels128), got " + std::to_string(format));
-  if (format == formats::kSell16 && k > kMaxSellK)
-    fail(kOp, "weight must have at most K=65536 columns for sell16, whose indices have 16 bits, got " +
-                  shape_of("weight", weight));
-  const std::vector<uint8_t> bytes =
-      formats::pack(static_cast<formats::Format>(format), static_cast<const float*>(weight.const_data_ptr()),
-                    weight.stride(0), weight.stride(1), n, k);
+  const formats::PackedFormat* const packed = formats::find(format);
+  if (packed == nullptr) fail(kOp, "format must be " + formats::known() + ", got " + std::to_string(format));
+  if (k > packed->largest_k)
+    fail(kOp, "weight must have at most K=" + std::to_string(packed->largest_k) + " columns for " + packed->name +
+                  ", got " + shape_of("weight", weight));
+  const std::vector<uint8_t> bytes = formats::pack(*packed, static_cast<const float*>(weight.const_data_ptr()),
+                                                   weight.stride(0), weight.stride(1), n, k);
   Tensor out = empty(weight, std::array{static_cast<int64_t>(bytes.size())}.data(), 1, ScalarType::Byte);
   std::memcpy(out.mutable_data_ptr(), bytes.data(), bytes.size());
   return out;

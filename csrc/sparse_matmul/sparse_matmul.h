@@ -1,6 +1,6 @@
 // sparse_matmul: the contract of every kernel of the family. Read this first. Torch-free.
 //
-//   sparse_linear   y[M,N] = act(x[M,K] W^T + bias), all float32, W[N,K] in one of three packs (formats/sparse.h)
+//   sparse_linear   y[M,N] = act(x[M,K] W^T + bias), all float32, W[N,K] in one of the packs of formats/
 //
 // Exactness: an output is one chain of fused multiply-adds over ascending k that starts at +0, whatever the format, the
 // level, the number of threads and the number of rows: so for finite x the bits of y are always the same. (Slots that a
@@ -30,6 +30,9 @@ inline constexpr int64_t kSellStepBytes = 96;  // 16 f32, 16 u16
 inline constexpr int64_t kChunk = 256;         // outputs of a panels128 chunk
 inline constexpr int64_t kBlockK = 128;        // k of a panels128 block
 inline constexpr int64_t kSlack = 512;         // floats behind the values that may be read
+
+// The codes of the layouts, in the header of a pack (formats/<layout>.h).
+enum Format : int { kBitmap32 = 2, kSell16 = 3, kPanels128 = 4 };
 
 // A pack, taken apart by formats::view. Only the pointers of its format are set.
 struct Pack {

@@ -55,8 +55,8 @@ void check(const std::vector<const Kernels*>& rows) {
     float* y = expected.data() + r * n;
     rows.front()->finish({y, with_bias ? bias.data() : nullptr, activation, n, y});  // the scalar row's epilogue
   }
-  for (const formats::Format format : {formats::kBitmap32, formats::kSell16, formats::kPanels128}) {
-    const std::vector<uint8_t> bytes = formats::pack(format, weight.data(), k, 1, n, k);
+  for (const Format format : {kBitmap32, kSell16, kPanels128}) {
+    const std::vector<uint8_t> bytes = formats::pack(*formats::find(format), weight.data(), k, 1, n, k);
     std::vector<float> back(weight.size());
     LinearArgs args{};
     const auto size = static_cast<int64_t>(bytes.size());

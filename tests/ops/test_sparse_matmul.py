@@ -165,7 +165,7 @@ def pad(data: bytes, room: int = 0) -> bytes:
 
 
 def pack_restated(w: np.ndarray, format: str) -> bytes:
-    """formats/sparse.h again, in Python."""
+    """formats/{bitmap32,sell16,panels128}.h again, in Python."""
     n, k = w.shape
     number, block = {"bitmap32": (2, 32), "sell16": (3, 16), "panels128": (4, 128)}[format]
     offset, middle, value, index = [0], b"", b"", b""

@@ -6,7 +6,8 @@
 // Tile     bitmap: 32 outputs x 1 row (8 xmm sums) or 2 (4 ymm sums a row), 16 outputs x 3 or 4 rows. sell: 16 outputs
 // x
 //          1 to 4 rows. panels: 8 ymm sums: 1 output x 64 rows, 2 x 32 or 4 x 16; 4 x 8.
-// Reads    formats/sparse.h. Bitmap reads 16 bytes from each position in the values and 16 up to it: kSlack makes room
+// Reads    formats/bitmap32.h, sell16.h, panels128.h. Bitmap reads 16 bytes from each position in the values and 16 up
+// to it: kSlack makes room
 //          behind the last one, the sections of the pack before the first.
 // Tails    outputs: partly stored; k: none is padded; rows: smaller instances.
 // Bound    bitmap: 19 loads per 32 slots, 3 of them twice because they cross 32 bytes: 11 cycles, 13 reached. sell: 23

@@ -4,7 +4,7 @@
 
 #include "../../runtime/parallel.h"
 #include "../../runtime/workspace.h"
-#include "../formats/sparse.h"
+#include "../formats/packed_format.h"
 #include "../select.h"
 #include "../sparse_matmul.h"
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kSellStride = kMaxSellK + 1024;  // floats between the rows that sell16 reads
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using formats::ceil_div;
 
 // Calls body(begin, end) for parts of [0, count), one a thread.
 template <class Body>
@@ -45,7 +45,7 @@ const float* copy_for_sell(const LinearArgs& args) {
 
 void linear_few(const Kernels& kernels, const LinearArgs& args) {
   const Pack& w = args.weight;
-  const bool bitmap = w.format == formats::kBitmap32;
+  const bool bitmap = w.format == kBitmap32;
   const int64_t width = bitmap ? kBitmapColumns : kSellRows;
   if (!bitmap)
     std::memset(args.y, 0, static_cast<size_t>(args.m * w.n) * sizeof(float));  // damaged rows may leave gaps
@@ -122,7 +122,7 @@ void linear(const Kernels& kernels, const LinearArgs& given) {
   if (given.m == 0 || given.weight.n == 0) return;
   LinearArgs args = given;
   if (args.weight.k == 0) args.weight.total = 0;  // whatever the pack says: there is no x to read
-  if (args.weight.format == formats::kPanels128) return linear_panels(kernels, args);
+  if (args.weight.format == kPanels128) return linear_panels(kernels, args);
   linear_few(kernels, args);
 }
 

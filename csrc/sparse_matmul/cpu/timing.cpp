@@ -12,9 +12,10 @@ namespace fs {
 double time_sparse_linear(int64_t m, int64_t n, int64_t k, double density, int64_t format, int64_t repeats,
                           int64_t copies) {
   using namespace sparse_matmul;
-  if (m < 1 || n < 1 || k < 1 || repeats < 1 || copies < 1 || format < formats::kBitmap32 ||
-      format > formats::kPanels128)
-    throw std::invalid_argument("time_sparse_linear: m, n, k, repeats and copies must be positive, format 2, 3 or 4");
+  const formats::PackedFormat* const packed = formats::find(format);
+  if (m < 1 || n < 1 || k < 1 || repeats < 1 || copies < 1 || packed == nullptr)
+    throw std::invalid_argument("time_sparse_linear: m, n, k, repeats and copies must be positive, format " +
+                                formats::known());
   const auto size = [](int64_t count) { return static_cast<size_t>(count); };
   std::vector<float> weight(size(n * k)), x(size(m * k), 0.5f), bias(size(n), 0.5f), y(size(m * n));
   uint64_t state = 1;
@@ -22,7 +23,7 @@ double time_sparse_linear(int64_t m, int64_t n, int64_t k, double density, int64
     state = state * 6364136223846793005u + 1442695040888963407u;
     w = static_cast<double>(state >> 40) < density * 16777216.0 ? 0.01f : 0.0f;
   }
-  const std::vector<uint8_t> one = formats::pack(static_cast<formats::Format>(format), weight.data(), k, 1, n, k);
+  const std::vector<uint8_t> one = formats::pack(*packed, weight.data(), k, 1, n, k);
   const std::vector<std::vector<uint8_t>> packs(size(copies), one);
   LinearArgs args{{}, x.data(), k, m, bias.data(), Activation::none, y.data()};
   const Kernels& kernels = select();

@@ -28,7 +28,7 @@ def pack(
             [N, K] with at most 2 of every 4 consecutive k not zero (2:4), for `sparse_linear` on CUDA. 4-bit codes
             [N, K] for `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h). uint8: "u4".
-            float32: "bitmap32", "sell16" or "panels128" (csrc/sparse_matmul/formats/sparse.h). float16, bfloat16:
+            float32: "bitmap32", "sell16" or "panels128" (csrc/sparse_matmul/formats). float16, bfloat16:
             "nm24" (formats/nm24.h there). "auto": vnni16, u4 (uint8), nm24, or what was measured to be the fastest for
             the density and `rows`.
         rows: rows of x to be expected; None: many. Every format serves any number, at its own speed.

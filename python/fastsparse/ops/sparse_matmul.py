@@ -1,6 +1,6 @@
 """The family sparse_matmul: linear layers whose weight is mostly zeros.
 
-The contract of the kernels is csrc/sparse_matmul/sparse_matmul.h, the packed layouts are in formats/sparse.h there,
+The contract of the kernels is csrc/sparse_matmul/sparse_matmul.h, the packed layouts are in formats/ there,
 the float64 oracle fastsparse.reference.sparse_matmul.
 """
 

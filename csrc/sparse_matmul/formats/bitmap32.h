@@ -1,0 +1,13 @@
+// bitmap32 v1 (format 2, block 32): few rows of x, up to about 80% zeros. 4d + 1/8 bytes a weight, d the density.
+//   u64 offset[B+1]           B = ceil(N/32); first value of each block of 32 outputs; offset[B] = non-zeros
+//   u32 mask[B][K]            bit j of mask[b][k]: weight (32b+j, k) is stored; bits of outputs >= N are 0
+//   f32 value[non-zeros]      by block, k, output
+//   f32 zero[512]             room for reading ahead
+#pragma once
+#include "packed_format.h"
+
+namespace fs::sparse_matmul::formats {
+
+extern const PackedFormat kBitmap32Format;
+
+}  // namespace fs::sparse_matmul::formats
