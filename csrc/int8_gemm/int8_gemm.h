@@ -103,6 +103,7 @@ struct TileArgs {
   const int32_t* start;  // [columns], as enter() wrote it
   int64_t k_steps;       // Kp / 4
   int32_t* acc;
+  bool in_l2;              // the whole weight fits L2
   int64_t prefetch_ahead;  // > 0: weights are prefetched so many bytes ahead of their use (few rows, from L3 or DRAM)
   const int8_t* prefetch_next;  // not null: prefetch_bytes from here go to L2 meanwhile (many rows: the next panel)
   int64_t prefetch_bytes;
@@ -148,6 +149,9 @@ struct Kernels {
   // nothing is faster than the panel itself.
   void (*widen_weights)(const int8_t* panel, int64_t k_steps, int8_t* out);
   const WeightOnlyKernels* weight_only;  // weight_only_linear: weight_only.h
+  // tile() and epilogue() in one, to the same bits, the sums never leaving the registers. False: nothing was done, this
+  // tile or this epilogue is none of those that it knows. Null: it knows none.
+  bool (*tile_to_y)(const TileArgs&, const EpilogueArgs&);
 };
 
 // One per ISA file (cpu/<level>.cpp).

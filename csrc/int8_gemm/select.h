@@ -41,7 +41,10 @@ bool split_rows(const Kernels& kernels, int64_t m, int64_t n, int64_t k);
 // weight_only_linear: rows of x that are quantized and multiplied at a time.
 int64_t weight_only_rows(const Kernels& kernels, int64_t m);
 
-// Bytes that few-row tiles prefetch ahead of their use; 0 where the weights lie in L2.
+// The weights of a layer stay in L2 between calls, as far as their size goes.
+bool in_l2(int64_t n, int64_t k);
+
+// Bytes that few-row tiles prefetch ahead of their use; 0 where the weights lie in L2, or the CPU is better at it.
 int64_t prefetch_ahead(int64_t n, int64_t k);
 int64_t weight_only_prefetch_ahead(int64_t weight_bytes);
 

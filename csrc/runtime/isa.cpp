@@ -165,6 +165,18 @@ bool usable(Level level, uint32_t features) {
   return level <= current_level() && (cpu_features() & features) == features;
 }
 
+bool amd() {
+#if defined(__x86_64__)
+  static const bool is = [] {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(0, &eax, &ebx, &ecx, &edx) != 0 && ecx == 0x444d4163;  // the end of "AuthenticAMD"
+  }();
+  return is;
+#else
+  return false;
+#endif
+}
+
 int64_t l2_bytes() {
   static const int64_t bytes = [] {
     const long got = sysconf(_SC_LEVEL2_CACHE_SIZE);

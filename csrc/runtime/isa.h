@@ -36,6 +36,9 @@ FASTSPARSE_API void set_level(const std::string& name);
 // True if a row of this level and these features may run now.
 FASTSPARSE_API bool usable(Level level, uint32_t features);
 
+// A CPU by AMD: for thresholds that go with a core's prefetchers, never for what is correct.
+bool amd();
+
 // Bytes of one core's L2; 1 MB where the system does not say.
 int64_t l2_bytes();
 

@@ -66,7 +66,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "capped": {"FASTSPARSE_ISA": "scalar"},
     "unknown": {"FASTSPARSE_ISA": "sse9"},
     # Capped to scalar, so that nothing assumed is executed.
-    "assumed": {"FASTSPARSE_ISA_ASSUME": "avx512,avxvnni", "FASTSPARSE_ISA": "scalar"},
+    "assumed": {"FASTSPARSE_ISA_ASSUME": "amx,avx512,avxvnni", "FASTSPARSE_ISA": "scalar"},
     "assumed unknown": {"FASTSPARSE_ISA_ASSUME": "avx2,sse9"},
     **{level: {"FASTSPARSE_ISA": level} for level in absent_levels()},
 }

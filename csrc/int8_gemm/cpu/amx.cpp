@@ -89,7 +89,7 @@ void multiply(const TileArgs& t, int64_t first) {
   if constexpr (kHalves > 1) _tile_loadd(2, start, 0);
   if constexpr (kHalves > 1 && kPanels > 1) _tile_loadd(3, start + 16, 0);
   const auto prefetch = [&](int64_t panel, int64_t i) {  // the weights of the next 64 k, come to L1
-    if (!kAhead || t.prefetch_ahead == 0) return;
+    if (!kAhead || t.in_l2) return;
     const char* p = reinterpret_cast<const char*>(weight + panel * t.panel_stride + (i + 1) * kTileBytes);
     for (int line = 0; line < kTileBytes; line += 64) _mm_prefetch(p + line, _MM_HINT_T0);
   };
@@ -146,7 +146,7 @@ void tile_of(const TileArgs& t) {
 }
 
 void tile(const TileArgs& t) {
-  if (t.rows <= (t.prefetch_ahead > 0 ? kVnniRows : 1)) return kAvx512.tile(t);
+  if (t.rows <= (t.in_l2 ? 1 : kVnniRows)) return kAvx512.tile(t);
   if (t.rows <= kTileRows) return tile_of<1>(t);
   tile_of<2>(t);
 }
@@ -184,4 +184,5 @@ const Kernels fs::int8_gemm::kAmx = {"amx",
                                      &enter,
                                      &leave,
                                      nullptr,
-                                     &weight_only};
+                                     &weight_only,
+                                     nullptr};

@@ -244,4 +244,5 @@ const Kernels fs::int8_gemm::kAvx2 = {"avx2",
                                       nullptr,
                                       nullptr,
                                       &widen_weights,
-                                      &weight_only};
+                                      &weight_only,
+                                      nullptr};

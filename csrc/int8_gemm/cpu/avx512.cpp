@@ -3,7 +3,9 @@
 //          it costs nothing.
 // Tile     up to 14 rows x 32 columns: 28 sums + 2 weights + 1 broadcast = 31 of 32 registers.
 //          Few rows (up to 6): 64 columns, four weight streams share a broadcast; 1 to 3 rows keep two sets of sums
-//          (even and odd steps), so that the latency of vpdpbusd stays hidden.
+//          (even and odd steps), so that the latency of vpdpbusd stays hidden. One row, weights in L2: a single stream,
+//          eight steps side by side.
+// y        float32 without a residual is finished in the registers of a tile (tile_to_y); else sums go by memory.
 // Reads    vnni16: one 64-byte load per 16 columns x 4 k; x by vpbroadcastd, 4 k of one row.
 // Tails    n: the caller copies only its columns; k: weights are zero-padded; m: smaller instances.
 // Bound    per 4 k of 14 x 32: 28 vpdpbusd on two ports = 14 cycles, 16 loads = 8 cycles: compute, once the weights
@@ -161,12 +163,11 @@ constexpr int64_t kBlockSteps = kBlockBytes / kStepK;
 constexpr int64_t kStepBytes = kPanelColumns * kStepK;  // of weights, per column panel
 
 // Many rows; kPrefetch: the next column panel comes to L2 under this one, `ahead` bytes a step.
-template <int kCount, int kVecs, bool kPrefetch>
-void tile_many(const TileArgs& t) {
+template <bool kPrefetch, int kCount, int kVecs>
+__attribute__((always_inline)) inline void multiply_many(const TileArgs& t, Sums<kCount, kVecs>& sums) {
   const int8_t* w = t.weight;
   const int8_t* next = t.prefetch_next;
   const int64_t ahead = t.k_steps == 0 ? 0 : (t.prefetch_bytes + t.k_steps - 1) / t.k_steps;
-  Sums<kCount, kVecs> sums;
   start(sums, t.column_sum, _mm512_set1_epi32(-t.offset));
   const uint8_t* block = t.panel;
   for (int64_t left = t.k_steps; left > 0; left -= kBlockSteps, block += t.block_stride) {
@@ -183,7 +184,50 @@ void tile_many(const TileArgs& t) {
       step(sums, b, a);
     }
   }
+}
+
+template <int kCount, int kVecs, bool kPrefetch>
+void tile_many(const TileArgs& t) {
+  Sums<kCount, kVecs> sums;
+  multiply_many<kPrefetch>(t, sums);
   store(sums, t.acc);
+}
+
+// y = act(fma(sum, x_scale * weight_scale, bias)); scales and bias are read again for each row, the sums hold the
+// registers. Inlined whatever the compiler thinks of it: a call would lay the sums on the stack.
+template <bool kRelu>
+inline void finish(const Vecs<0>&, __m512, const EpilogueArgs&, const float*, float*) {}
+template <bool kRelu, int kVecs>
+__attribute__((always_inline)) inline void finish(const Vecs<kVecs>& s, __m512 x_scale, const EpilogueArgs& e,
+                                                  const float* bias, float* y) {
+  finish<kRelu>(s.rest, x_scale, e, bias, y);
+  constexpr int j = 16 * (kVecs - 1);
+  __m512i sum = s.v;
+  asm("" : "+v"(sum));  // else gcc 12 keeps a copy of all sums in memory through the whole loop
+  const __m512 scale = _mm512_mul_ps(x_scale, _mm512_loadu_ps(e.weight_scale + j));
+  __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(bias + j));
+  if constexpr (kRelu) v = activate<fs::Activation::relu>(v);
+  _mm512_storeu_ps(y + j, v);
+}
+template <bool kRelu, int kVecs>
+inline void finish(const Sums<0, kVecs>&, const EpilogueArgs&, const float*, float*) {}
+template <bool kRelu, int kCount, int kVecs>
+__attribute__((always_inline)) inline void finish(const Sums<kCount, kVecs>& s, const EpilogueArgs& e,
+                                                  const float* bias, float* y) {
+  finish<kRelu>(s.above, e, bias, y);
+  finish<kRelu>(s.row, _mm512_set1_ps(e.x_scale[kCount - 1]), e, bias, y + (kCount - 1) * e.y_stride);
+}
+
+// Without a bias -0.0 is added, as in elementwise.inl.
+alignas(64) constexpr float kNoBias[kManyColumns] = {
+    -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f,
+    -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f};
+
+template <int kCount, int kVecs, bool kPrefetch, bool kRelu>
+void tile_many_to_y(const TileArgs& t, const EpilogueArgs& e) {
+  Sums<kCount, kVecs> sums;
+  multiply_many<kPrefetch>(t, sums);
+  finish<kRelu>(sums, e, e.bias ? e.bias : kNoBias, static_cast<float*>(e.y));
 }
 
 // Few rows: one or two sets of sums.
@@ -225,10 +269,72 @@ void tile_few(const TileArgs& t) {
   store(sums, t.acc);
 }
 
+// Sums for each of kSets consecutive steps.
+template <int kSets, int kCount>
+struct Sets {
+  Sets<kSets - 1, kCount> before;
+  Sums<kCount, 1> sums;
+};
+template <int kCount>
+struct Sets<0, kCount> {};
+
+template <int kCount>
+inline void clear(Sets<0, kCount>&) {}
+template <int kSets, int kCount>
+inline void clear(Sets<kSets, kCount>& s) {
+  clear(s.before);
+  clear(s.sums);
+}
+template <int kCount>
+inline void steps(Sets<0, kCount>&, const int8_t*, const uint8_t*) {}
+template <int kSets, int kCount>
+inline void steps(Sets<kSets, kCount>& s, const int8_t* w, const uint8_t* a) {
+  steps(s.before, w, a);
+  Vecs<1> b;
+  load(b, w + (kSets - 1) * kStepBytes, 0);
+  if constexpr (kCount > 1) hold(b);
+  step(s.sums, b, a + (kSets - 1) * kStepK);
+}
+template <int kCount>
+inline void add(Sums<kCount, 1>&, const Sets<0, kCount>&) {}
+template <int kSets, int kCount>
+inline void add(Sums<kCount, 1>& total, const Sets<kSets, kCount>& s) {
+  add(total, s.before);
+  add(total, s.sums);
+}
+
+// Few rows, weights in L2: one column panel after the other, read from its first
+// byte to its last; kSets steps side by side hide the latency of vpdpbusd.
+template <int kCount, int kSets>
+void tile_stream(const TileArgs& t) {
+  for (int64_t n = 0; n < t.columns; n += kPanelColumns) {
+    const int8_t* w = t.weight + n / kPanelColumns * t.panel_stride;
+    Sums<kCount, 1> sums;
+    Sets<kSets, kCount> sets;
+    start(sums, t.column_sum + n, _mm512_set1_epi32(-t.offset));
+    clear(sets);
+    const uint8_t* block = t.panel;
+    for (int64_t left = t.k_steps; left > 0; left -= kBlockSteps, block += t.block_stride) {
+      const uint8_t* a = block;
+      int64_t i = left < kBlockSteps ? left : kBlockSteps;
+      for (; i >= kSets; i -= kSets, a += kSets * kStepK, w += kSets * kStepBytes) steps(sets, w, a);
+      for (; i > 0; --i, a += kStepK, w += kStepBytes) {
+        Vecs<1> b;
+        load(b, w, 0);
+        if constexpr (kCount > 1) hold(b);
+        step(sums, b, a);
+      }
+    }
+    add(sums, sets);
+    store(sums, t.acc + n);
+  }
+}
+
 // Few rows over whatever is left of the columns: 64, then 16 at a time.
 template <int kCount>
 void few(const TileArgs& t) {
   constexpr bool kTwoSets = kCount <= 3;
+  if (kCount == 1 && t.in_l2) return tile_stream<1, 8>(t);
   if (t.columns == kMaxTileColumns) return tile_few<kCount, 4, kTwoSets>(t);
   TileArgs part = t;
   for (int64_t n = 0; n < t.columns; n += kPanelColumns) {
@@ -265,6 +371,40 @@ void tile(const TileArgs& t) {
   }
 }
 
+template <int kCount, bool kRelu>
+void many_to_y(const TileArgs& t, const EpilogueArgs& e) {
+  if (t.prefetch_next != nullptr) return tile_many_to_y<kCount, 2, true, kRelu>(t, e);
+  tile_many_to_y<kCount, 2, false, kRelu>(t, e);
+}
+
+template <bool kRelu>
+void many_to_y(const TileArgs& t, const EpilogueArgs& e) {
+  switch (t.rows) {
+    case 7: return many_to_y<7, kRelu>(t, e);
+    case 8: return many_to_y<8, kRelu>(t, e);
+    case 9: return many_to_y<9, kRelu>(t, e);
+    case 10: return many_to_y<10, kRelu>(t, e);
+    case 11: return many_to_y<11, kRelu>(t, e);
+    case 12: return many_to_y<12, kRelu>(t, e);
+    case 13: return many_to_y<13, kRelu>(t, e);
+    default: return many_to_y<14, kRelu>(t, e);
+  }
+}
+
+// Whole tiles of many rows whose y is float32 without a residual; gelu and silu would want registers that the sums
+// hold.
+bool tile_to_y(const TileArgs& t, const EpilogueArgs& e) {
+  const bool relu = e.activation == fs::Activation::relu;
+  if (t.rows <= kFewRows || e.columns != kManyColumns || e.dtype != DType::f32 || e.requantize ||
+      e.residual != nullptr || !(relu || e.activation == fs::Activation::none))
+    return false;
+  if (relu)
+    many_to_y<true>(t, e);
+  else
+    many_to_y<false>(t, e);
+  return true;
+}
+
 }  // namespace
 
 #include "weight_only_avx512.inl"
@@ -287,4 +427,5 @@ const Kernels fs::int8_gemm::kAvx512 = {"avx512",
                                         nullptr,
                                         nullptr,
                                         nullptr,
-                                        &weight_only};
+                                        &weight_only,
+                                        &tile_to_y};

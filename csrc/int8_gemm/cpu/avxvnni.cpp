@@ -312,4 +312,5 @@ const Kernels fs::int8_gemm::kAvxVnni = {"avxvnni",
                                          nullptr,
                                          nullptr,
                                          nullptr,
-                                         &weight_only};
+                                         &weight_only,
+                                         nullptr};

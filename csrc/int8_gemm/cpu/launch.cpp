@@ -49,11 +49,11 @@ struct ChunkScratch {
   }
 };
 
-// All tiles of a chunk of `rows` rows over columns [n_begin, n_end). `finish(row, rows, column, columns)` takes each
-// tile's sums. Column panels outside, row tiles inside: a column panel is read from L2 once a chunk and stays in L1.
-template <class Finish>
+// All tiles of a chunk of `rows` rows over columns [n_begin, n_end): `run(tile, row, column, columns)` for each. Column
+// panels outside, row tiles inside: a column panel is read from L2 once a chunk and stays in L1.
+template <class Run>
 void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, const Weight& w, int64_t n_begin,
-                   int64_t n_end, int32_t offset, const Finish& finish) {
+                   int64_t n_end, int32_t offset, const Run& run) {
   const int64_t tiles = ceil_div(rows, kernels.max_rows);
   const int64_t tile_rows = round_up(ceil_div(rows, tiles), kernels.row_step);  // even: 26 rows are 13 + 13
   const int64_t width = columns_for(kernels, tile_rows);
@@ -81,15 +81,14 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
       t.start = s.start + (n - n_begin);
       t.k_steps = vnni16::padded_k(w.k) / kStepK;
       t.acc = s.acc;
+      t.in_l2 = in_l2(w.n, w.k);
       t.prefetch_ahead = prefetch_ahead(w.n, w.k);
       // Each row tile brings its share of the next column panel to L2.
       const int64_t share = ceil_div(next_columns / kPanelColumns * stride, tiles);
-      t.prefetch_next = t.prefetch_ahead == 0 || next_columns <= 0
-                            ? nullptr
-                            : weight + columns / kPanelColumns * stride + row / tile_rows * share;
+      t.prefetch_next =
+          t.in_l2 || next_columns <= 0 ? nullptr : weight + columns / kPanelColumns * stride + row / tile_rows * share;
       t.prefetch_bytes = share;
-      kernels.tile(t);
-      finish(row, t.rows, n, std::min(columns, n_end - n));
+      run(t, row, n, std::min(columns, n_end - n));
     }
   }
   if (kernels.leave != nullptr) kernels.leave();
@@ -139,10 +138,10 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
                                 args.x_scale, args.x_zero_point, s.scale});
             const float* scale = args.x_scales == nullptr ? s.scale : args.x_scales + m;
             for_each_tile(kernels, s, rows, w, n_begin, n_end, offset,
-                          [&](int64_t row, int64_t tile_rows, int64_t n, int64_t columns) {
+                          [&](const TileArgs& t, int64_t row, int64_t n, int64_t columns) {
                             EpilogueArgs e;
                             e.acc = s.acc;
-                            e.rows = tile_rows;
+                            e.rows = t.rows;
                             e.columns = columns;
                             e.x_scale = scale + row;
                             e.weight_scale = args.weight_scale + n;
@@ -159,6 +158,8 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
                             e.requantize = args.requantize;
                             e.y_scale = args.y_scale;
                             e.y_zero_point = args.y_zero_point;
+                            if (kernels.tile_to_y != nullptr && kernels.tile_to_y(t, e)) return;
+                            kernels.tile(t);
                             kernels.epilogue(e);
                           });
           }
@@ -230,8 +231,9 @@ void matmul(const Kernels& kernels, const MatmulArgs& args) {
         if (n0 == n_begin || chunk < row_end - row_begin)  // a single chunk stays widened
           kernels.widen({args.a + m * args.a_stride, args.a_stride, rows, args.k, s.panel, s.block_stride});
         for_each_tile(kernels, s, rows, w, 0, n1 - n0, kernels.panel_offset,
-                      [&](int64_t row, int64_t tile_rows, int64_t n, int64_t columns) {
-                        for (int64_t r = 0; r < tile_rows; ++r)
+                      [&](const TileArgs& t, int64_t row, int64_t n, int64_t columns) {
+                        kernels.tile(t);
+                        for (int64_t r = 0; r < t.rows; ++r)
                           std::memcpy(args.c + (m + row + r) * args.n + n0 + n, s.acc + r * kMaxTileColumns,
                                       static_cast<size_t>(columns) * sizeof(int32_t));
                       });

@@ -67,4 +67,5 @@ const Kernels fs::int8_gemm::kScalar = {"scalar",
                                         nullptr,
                                         nullptr,
                                         nullptr,
-                                        &weight_only};
+                                        &weight_only,
+                                        nullptr};

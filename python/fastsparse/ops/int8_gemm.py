@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastsparse.ops._pack import read_header
 
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
 _int8_linear = torch.ops.fastsparse.int8_linear.default
+_int8_linear_now = _int8_linear._op
 _int8_linear_train = torch.ops.fastsparse.int8_linear_train.default
 _int8_mm = torch.ops.fastsparse.int8_mm.default
 _int8_pack = torch.ops.fastsparse.int8_pack.default
@@ -82,15 +84,23 @@ def int8_linear(
         raise ValueError(
             f"int8_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
         ) from None
+    wants_grad = torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight_scale.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    plain = x_scale is None and x_zero_point is None and residual is None and y_scale is None and y_zero_point is None
+    if plain and dtype is None and not wants_grad:
+        return (_int8_linear if is_compiling() else _int8_linear_now)(x, weight, weight_scale, bias, code)
     y_dtype = None if dtype is None else _dtype_code(dtype)
     x_scale, y_scale = _as_scale("x_scale", x_scale), _as_scale("y_scale", y_scale)
     x_zero_point = _as_zero_point("x_zero_point", x_zero_point)
     y_zero_point = _as_zero_point("y_zero_point", y_zero_point)
-    if torch.is_grad_enabled():
+    if wants_grad:
         if weight_scale.requires_grad:
             raise ValueError("int8_linear: weight_scale must not require a gradient: there is none for it")
-        asked = x.requires_grad or (bias is not None and bias.requires_grad)
-        if (asked or (residual is not None and residual.requires_grad)) and y_scale is None:
+        if y_scale is None:
             y = _int8_linear_train(x, weight, weight_scale, bias, x_scale, x_zero_point, residual, y_dtype)
             return _ACTIVATE[code](y)
     return _int8_linear(
