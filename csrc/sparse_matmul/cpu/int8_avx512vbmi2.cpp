@@ -1,6 +1,6 @@
 // sparse_int8_linear, AVX-512-VNNI with VBMI2 (Ice Lake, Zen 4 and later).
 // bitmap   a tile of 16 outputs x 4 k: vpexpandb puts its stored bytes where vpdpbusd wants them.
-// Tile     up to 4 rows x 16 outputs, two sets of sums (even and odd tiles).
+// Tile     up to 4 rows x 16 outputs, two sets of sums, of one row four.
 // Bound    per tile kmov, vpexpandb and vpdpbusd take 3 of Intel's port 5 for one row; from DRAM the bytes.
 // Reads    64 bytes from the position in the values: behind them there is room (formats/bitmap_s8.h).
 // Measured docs/kernels/sparse_matmul.md
@@ -32,16 +32,30 @@ inline void tile(TileSums<kRows>& s, __m512i w, const uint8_t* x, int64_t x_stri
   int32_t four;
   memcpy(&four, x + (kRows - 1) * x_stride, 4);
   s.v = _mm512_dpbusd_epi32(s.v, _mm512_set1_epi32(four), w);
+  asm("" : "+v"(s.v));
 }
 
-inline void finish(const TileSums<0>&, const TileSums<0>&, int32_t*) {}
+inline void add(TileSums<0>&, const TileSums<0>&) {}
 template <int kRows>
-inline void finish(const TileSums<kRows>& even, const TileSums<kRows>& odd, int32_t* acc) {
-  finish(even.above, odd.above, acc);
-  _mm512_storeu_si512(acc + (kRows - 1) * fs::int8_gemm::kMaxTileColumns, _mm512_add_epi32(even.v, odd.v));
+inline void add(TileSums<kRows>& s, const TileSums<kRows>& other) {
+  add(s.above, other.above);
+  s.v = _mm512_add_epi32(s.v, other.v);
 }
 
-inline __m512i expand(const int8_t* value, uint64_t mask) { return _mm512_maskz_expandloadu_epi8(mask, value); }
+inline void finish(const TileSums<0>&, int32_t*) {}
+template <int kRows>
+inline void finish(const TileSums<kRows>& s, int32_t* acc) {
+  finish(s.above, acc);
+  _mm512_storeu_si512(acc + (kRows - 1) * fs::int8_gemm::kMaxTileColumns, s.v);
+}
+
+// Into a register that was just zeroed: on Zen 5 vpexpandb waits for what its target held before, with a zeroing mask,
+// too, and a loop that expands into one register takes 5 cycles a tile, not 1. (gcc makes a plain zero a zeroing mask.)
+inline __m512i expand(const int8_t* value, uint64_t mask) {
+  __m512i w;
+  asm("vpxor %x0, %x0, %x0" : "=x"(w) : "r"(value));  // it names value, so that it stays where it is
+  return _mm512_mask_expandloadu_epi8(w, mask, value);
+}
 
 template <int kRows, bool kFar>
 void bitmap_rows(const FewArgs& a) {
@@ -53,9 +67,11 @@ void bitmap_rows(const FewArgs& a) {
     const uint64_t* mask = w.mask + panel * steps;
     const auto total = static_cast<uint64_t>(w.total);
     const int8_t* value = w.value + (w.offset[panel] < total ? w.offset[panel] : total);
-    TileSums<kRows> even, odd;
-    fill(even, _mm512_mullo_epi32(_mm512_loadu_si512(w.sum + panel * kTileOutputs), _mm512_set1_epi32(-a.offset)));
-    fill(odd, _mm512_setzero_si512());
+    TileSums<kRows> first, second, third, fourth;
+    fill(first, _mm512_mullo_epi32(_mm512_loadu_si512(w.sum + panel * kTileOutputs), _mm512_set1_epi32(-a.offset)));
+    fill(second, _mm512_setzero_si512());
+    fill(third, _mm512_setzero_si512());
+    fill(fourth, _mm512_setzero_si512());
     const uint8_t* x = a.x;
     int64_t left = steps;
     for (; left >= kClampTiles; left -= kClampTiles, mask += kClampTiles, x += kClampTiles * kTileK) {
@@ -65,21 +81,32 @@ void bitmap_rows(const FewArgs& a) {
         _mm_prefetch(reinterpret_cast<const char*>(value + a.prefetch_ahead + 64), _MM_HINT_T0);
         _mm_prefetch(reinterpret_cast<const char*>(mask) + a.prefetch_ahead / 2, _MM_HINT_T0);
       }
-      const int8_t* v1 = value + __builtin_popcountll(mask[0]);
-      const int8_t* v2 = v1 + __builtin_popcountll(mask[1]);
-      const int8_t* v3 = v2 + __builtin_popcountll(mask[2]);
-      tile(even, expand(value, mask[0]), x, a.x_stride);
-      tile(odd, expand(v1, mask[1]), x + kTileK, a.x_stride);
+      const int64_t count0 = __builtin_popcountll(mask[0]), count1 = __builtin_popcountll(mask[1]);
+      const int64_t count2 = __builtin_popcountll(mask[2]), count3 = __builtin_popcountll(mask[3]);
+      const int64_t count01 = count0 + count1;
+      const int8_t* v1 = value + count0;
+      const int8_t* v2 = value + count01;
+      const int8_t* v3 = value + (count01 + count2);
+      // One row: four chains, or the latency of vpdpbusd is what bounds it.
+      TileSums<kRows>& even = kRows == 1 ? third : first;
+      TileSums<kRows>& odd = kRows == 1 ? fourth : second;
+      tile(first, expand(value, mask[0]), x, a.x_stride);
+      tile(second, expand(v1, mask[1]), x + kTileK, a.x_stride);
       tile(even, expand(v2, mask[2]), x + 2 * kTileK, a.x_stride);
       tile(odd, expand(v3, mask[3]), x + 3 * kTileK, a.x_stride);
-      value = v3 + __builtin_popcountll(mask[3]);
+      value += count01 + (count2 + count3);
     }
     if (__builtin_expect(value > last, 0)) value = last;
     for (; left > 0; --left, ++mask, x += kTileK) {
-      tile(even, expand(value, *mask), x, a.x_stride);
+      tile(first, expand(value, *mask), x, a.x_stride);
       value += __builtin_popcountll(*mask);
     }
-    finish(even, odd, a.acc + p * kTileOutputs);
+    add(first, second);
+    if constexpr (kRows == 1) {
+      add(third, fourth);
+      add(first, third);
+    }
+    finish(first, a.acc + p * kTileOutputs);
   }
 }
 
