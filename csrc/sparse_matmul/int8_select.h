@@ -15,8 +15,7 @@ const Kernels& select();
 std::vector<const Kernels*> table();
 std::vector<KernelInfo> kernel_infos();
 
-// Test hooks, as those of the other families; not to be called while kernels run. pin(): select() gives the row of this
-// name, which must be usable, for a row that this CPU never reaches otherwise; "" ends it.
+// Test hooks (runtime/table.h); not to be called while kernels run. pin() is for the row avx512, which avx512vbmi2 hides.
 void spoil(const std::string& name);
 void pin(const std::string& name);
 
