@@ -19,7 +19,7 @@ FORMATS = ("bitmap_s8", "blocks1x4", "blocks4x4")
 
 def pruned(k: int = 23, n: int = 19, bias: bool = True) -> nn.Linear:
     linear = nn.Linear(k, n, bias=bias)
-    linear.weight.data *= torch.rand(n, k) < 0.3
+    linear.weight.data *= torch.rand(n, k) < 0.1
     return linear
 
 
