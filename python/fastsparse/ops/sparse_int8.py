@@ -18,7 +18,7 @@ FORMATS = {"bitmap_s8": 0, "blocks1x4": 1, "blocks4x4": 4}  # and the outputs of
 # Measured: docs/kernels/sparse_matmul.md. Rows of x up to which the bitmap is the fastest, and what a stored block of 1x4
 # costs in products of 4 weights, of which a 4x4 block has four.
 BITMAP_ROWS = 4
-COST_1X4 = 1.5
+COST_1X4 = 1.6
 
 _sparse_int8_linear = torch.ops.fastsparse.sparse_int8_linear.default
 _sparse_int8_linear_train = torch.ops.fastsparse.sparse_int8_linear_train.default
