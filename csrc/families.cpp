@@ -6,6 +6,7 @@
 #include "kl_loss/select.h"
 #include "qdq/select.h"
 #include "runtime/workspace.h"
+#include "sparse_matmul/int8_select.h"
 #include "sparse_matmul/select.h"
 
 #define FS_STRING_OF(x) #x
@@ -19,6 +20,7 @@ constexpr Family kFamilies[] = {
     {"qdq", &qdq::kernel_infos, &qdq::spoil},
     {"kl_loss", &kl_loss::kernel_infos, &kl_loss::spoil},
     {"sparse_matmul", &sparse_matmul::kernel_infos, &sparse_matmul::spoil},
+    {"sparse_int8", &sparse_matmul::int8::kernel_infos, &sparse_matmul::int8::spoil},  // a table of its own
 };
 
 }  // namespace
@@ -50,5 +52,7 @@ void spoil_kernel(const std::string& family, const std::string& name) {
     if (family == row.name) return row.spoil(name);
   throw std::invalid_argument("spoil_kernel: there is no family named " + family);
 }
+
+void pin_sparse_int8(const std::string& name) { sparse_matmul::int8::pin(name); }
 
 }  // namespace fs

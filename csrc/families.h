@@ -31,6 +31,9 @@ FASTSPARSE_API int64_t scratch_allocations();
 // Not to be called while kernels run. Throws std::invalid_argument for a name that does not exist.
 FASTSPARSE_API void spoil_kernel(const std::string& family, const std::string& name);
 
+// Test hook: this row of sparse_int8 runs where it is usable, whatever comes before it; an empty name ends it.
+FASTSPARSE_API void pin_sparse_int8(const std::string& name);
+
 // Bench hook of int8_gemm: seconds per call of the kernel alone, float32, over `copies` weights in turn.
 FASTSPARSE_API double time_int8_linear(int64_t m, int64_t n, int64_t k, int64_t repeats, int64_t copies);
 

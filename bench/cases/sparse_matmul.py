@@ -1,4 +1,4 @@
-"""sparse_matmul: sparse_linear against dense float32 (MKL). Figures count dense work: 2 M N K operations."""
+"""sparse_matmul: sparse_linear against dense float32 (MKL); sparse_int8_linear is in _sparse_int8.py. Figures count dense work: 2 M N K operations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.cases import _sparse_int8
 from bench.registry import Call, Check, case, peer
 
 WEIGHTS = ((768, 768), (768, 3072), (4096, 4096))  # (K, N)
@@ -86,3 +87,6 @@ def csr(m: int, k: int, n: int, zeros: int) -> Call:
     x, weight, bias = operands(m, k, n, zeros)
     sparse = weight.to_sparse_csr()
     return lambda: functional.linear(x, sparse, bias)
+
+
+_sparse_int8.register()

@@ -19,7 +19,8 @@ class Table {
   // The first row that fits this CPU and the cap in force. Throws what isa::current_level() throws.
   const Kernels& select() const {
     for (const Kernels* row : *this)
-      if (isa::usable(row->level, row->features)) return row == spoiled_ ? copy_ : *row;
+      if ((pinned_ == nullptr || row == pinned_) && isa::usable(row->level, row->features))
+        return row == spoiled_ ? copy_ : *row;
     return *rows_[count_ - 1];
   }
 
@@ -52,6 +53,17 @@ class Table {
     throw std::invalid_argument("spoil_kernel: " + std::string(family) + " has no kernel named " + name);
   }
 
+  // Test hook for a row that another of its level hides: select() gives it, if it is usable; "" ends it. Not to be called
+  // while kernels run.
+  void pin(const char* family, const std::string& name) {
+    pinned_ = nullptr;
+    if (name.empty()) return;
+    for (const Kernels* row : *this)
+      if (name == row->name) pinned_ = row;
+    if (pinned_ == nullptr)
+      throw std::invalid_argument("pin_kernel: " + std::string(family) + " has no kernel named " + name);
+  }
+
   const Kernels& spoiled() const { return *spoiled_; }  // the row itself, unspoiled
 
  private:
@@ -61,6 +73,7 @@ class Table {
   const Kernels* const* rows_;
   int count_;
   const Kernels* spoiled_ = nullptr;
+  const Kernels* pinned_ = nullptr;
   Kernels copy_{};
 };
 

@@ -152,6 +152,28 @@ def _sparse_linear(device: torch.device) -> Case:
                     yield what, _error(got.cpu(), expected) / _SPARSE_TOLERANCE
 
 
+def _sparse_int8(device: torch.device) -> Case:
+    """Every format; what `int8_linear` gives for the dense weight, to the bit, and that against the oracle."""
+    generator = torch.Generator().manual_seed(4)
+    for i, (m, k, n) in enumerate(_SHAPES):
+        for zeros in (0.0, 0.5, 0.9, 1.0):
+            weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
+            weight *= torch.rand(n, k, generator=generator) >= zeros
+            scale = torch.rand(n, generator=generator) * 0.01 + 0.001
+            bias = torch.randn(n, generator=generator)
+            dtype = tuple(_TOLERANCE)[i % 3]
+            x = torch.randn(m, k, generator=generator).to(dtype)
+            activation = _ACTIVATIONS[i % 4]
+            expected = reference.sparse_int8_linear(x, weight, scale, bias, activation)
+            same = ops.int8_linear(x, ops.pack(weight), scale, bias, activation)
+            for format in ("bitmap_s8", "blocks1x4", "blocks4x4"):
+                got = ops.sparse_int8_linear(x, ops.pack(weight, format), scale, bias, activation)
+                name = str(dtype).removeprefix("torch.")
+                what = f"sparse_int8_linear M={m} N={n} K={k} zeros {zeros} {format} {name} {activation}"
+                error = _error(got, expected) / _TOLERANCE[dtype]
+                yield what, error if torch.equal(got, same) else float("inf")
+
+
 def _sparse_linear_24(device: torch.device) -> Case:
     """The format nm24, which runs on CUDA only."""
     generator = torch.Generator().manual_seed(2)
@@ -223,6 +245,7 @@ CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
     ("kl_loss", "cpu"): [_kl_loss],
     ("kl_loss", "cuda"): [_kl_loss],
     ("sparse_matmul", "cpu"): [_sparse_linear],
+    ("sparse_int8", "cpu"): [_sparse_int8],
     ("sparse_matmul", "cuda"): [_sparse_linear, _sparse_linear_24],
 }
 
@@ -248,12 +271,12 @@ def check(device: str | torch.device | None = None) -> Report:
         for row in extension.kernels():
             if (row["level"] == "cuda") != (target.type == "cuda"):
                 continue
-            if target.type == "cpu" and row["level"] not in extension.isa_available():
+            if target.type == "cpu" and not _runs_here(extension, row):
                 continue
             with _running(extension, row):
                 _check_row(report, row, target)
-    levels = (*extension.isa_available(), "cuda")
-    absent = [row["name"] for row in extension.kernels() if row["level"] not in levels]
+    rows = [row for row in extension.kernels() if row["level"] != "cuda"]
+    absent = [row["name"] for row in rows if not _runs_here(extension, row)]
     if absent:
         report.notes.append(f"not on this CPU, not checked: {', '.join(dict.fromkeys(absent))}")
     return report
@@ -273,6 +296,18 @@ def _devices(device: str | torch.device | None, extension: Any) -> list[torch.de
     return [target]
 
 
+def _runs_here(extension: Any, row: dict[str, Any]) -> bool:
+    """Whether this CPU has the row's level and what else it needs (VBMI2)."""
+    if row["level"] not in extension.isa_available():
+        return False
+    extension.set_isa(row["level"])
+    try:
+        same = [k for k in extension.kernels() if (k["family"], k["name"]) == (row["family"], row["name"])]
+        return bool(same[0]["usable"])
+    finally:
+        extension.set_isa("")
+
+
 @contextmanager
 def _running(extension: Any, row: dict[str, Any]) -> Iterator[None]:
     """Makes the kernel of `row` the one that runs: caps the ISA level, or lets an unproven CUDA kernel start."""
@@ -289,11 +324,15 @@ def _running(extension: Any, row: dict[str, Any]) -> Iterator[None]:
         return
     extension.set_isa(row["level"])
     try:
+        if row["family"] == "sparse_int8":  # two rows of one level
+            extension.pin_sparse_int8(row["name"])
         selected = [k["name"] for k in extension.kernels() if k["family"] == row["family"] and k["selected"]]
         if row["name"] not in selected:
             raise RuntimeError(f"check: {row['family']} {row['name']} should run at its level, {selected} would")
         yield
     finally:
+        if row["family"] == "sparse_int8":
+            extension.pin_sparse_int8("")
         extension.set_isa("")
 
 

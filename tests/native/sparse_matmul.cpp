@@ -15,6 +15,7 @@
 #include "../../csrc/sparse_matmul/formats/sparse.h"
 #include "../../csrc/sparse_matmul/select.h"
 #include "../../csrc/sparse_matmul/sparse_matmul.h"
+#include "sparse_int8.h"
 #include "support.h"
 
 namespace {
@@ -99,6 +100,7 @@ int main(int argc, char** argv) {
       names = std::string(row->name) + " " + names;
     }
   for (int i = 0; i < cases && failures < 20; ++i) check(rows);
-  std::printf("%d cases of sparse_linear in 3 formats; rows: %s; %d failures\n", cases, names.c_str(), failures);
+  for (int i = 0; i < cases && failures < 20; ++i) check_int8();
+  std::printf("%d cases of sparse_linear and of sparse_int8_linear in 3 formats each; rows: %s; %d failures\n", cases, names.c_str(), failures);
   return failures == 0 ? 0 : 1;
 }

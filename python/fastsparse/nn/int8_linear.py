@@ -227,6 +227,8 @@ class Int8Linear(PackedLinear):
                 else:
                     if (header["n"], header["k"]) != (n, k):
                         problems.append(f"{wanted}, got a pack of [N={header['n']}, K={header['k']}]")
+                    elif header["format"] != "vnni16":
+                        problems.append(f"{wanted}, of the format vnni16, got {header['format']}")
         for name in ("weight_scale", "bias"):
             value = state.get(prefix + name)
             if value is None or (name == "bias" and self.bias is None):

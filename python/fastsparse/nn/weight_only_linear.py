@@ -180,7 +180,10 @@ class WeightOnlyLinear(PackedLinear):
 
 
 def _kind_of(header: dict[str, Any]) -> str:
-    return f"{header['dtype']} in groups of {header['block']}" if header["format"] == "u4" else str(header["dtype"])
+    if header["format"] == "u4":
+        return f"{header['dtype']} in groups of {header['block']}"
+    sparse = header["dtype"] == "int8" and header["format"] != "vnni16"
+    return f"int8, {header['format']}" if sparse else str(header["dtype"])
 
 
 def _check_kind(where: str, bits: Any, group_size: Any, symmetric: Any) -> None:

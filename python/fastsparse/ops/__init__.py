@@ -14,6 +14,7 @@ from fastsparse.ops.int8_gemm import (  # noqa: E402
 )
 from fastsparse.ops.kl_loss import distill_loss, kl_div  # noqa: E402
 from fastsparse.ops.qdq import dequantize, fake_quantize, quantize, quantize_per_token  # noqa: E402
+from fastsparse.ops.sparse_int8 import sparse_int8_linear  # noqa: E402
 from fastsparse.ops.sparse_matmul import sparse_linear  # noqa: E402
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "quantize",
     "quantize_groups",
     "quantize_per_token",
+    "sparse_int8_linear",
     "sparse_linear",
     "unpack",
     "unpack_scales",

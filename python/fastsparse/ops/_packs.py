@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsparse.ops import int8_gemm, sparse_matmul
+from fastsparse.ops import int8_gemm, sparse_int8, sparse_matmul
 from fastsparse.ops._pack import read_header
+
+
+_SPARSE_INT8 = (*sparse_int8.FORMATS, "sparse")
+_INT8 = ("vnni16", "u4", *_SPARSE_INT8)
 
 
 def pack(
@@ -23,11 +27,13 @@ def pack(
     """Packs a weight once, for all calls to come.
 
     Args:
-        weight: int8 [N, K] for `int8_linear`; float32 [N, K], dense or torch.sparse_csr, for `sparse_linear`, of which
+        weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K], dense or torch.sparse_csr, for `sparse_linear`, of which
             exactly what is zero is left out (a zero that a csr tensor holds explicitly, too); float16 or bfloat16
             [N, K] with at most 2 of every 4 consecutive k not zero (2:4), for `sparse_linear` on CUDA. 4-bit codes
             [N, K] for `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
-        format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h). uint8: "u4".
+        format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
+            `sparse_int8_linear` "bitmap_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, formats/blocks_s8.h in
+            csrc/sparse_matmul), or "sparse": that of the three which fits the zeros and `rows`. uint8: "u4".
             float32: "bitmap32", "sell16" or "panels128" (csrc/sparse_matmul/formats). float16, bfloat16:
             "nm24" (formats/nm24.h there). "auto": vnni16, u4 (uint8), nm24, or what was measured to be the fastest for
             the density and `rows`.
@@ -46,7 +52,7 @@ def pack(
     nibbles = weight.dtype == torch.uint8
     known = (
         "auto",
-        *(sparse_matmul.FORMATS if sparse else ("nm24",) if half else ("u4",) if nibbles else ("vnni16", "u4")),
+        *(sparse_matmul.FORMATS if sparse else ("nm24",) if half else ("u4",) if nibbles else _INT8),
     )
     if format not in known:
         names = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
@@ -61,6 +67,8 @@ def pack(
             raise ValueError(f"pack: {name} is for the format 'u4' alone, got one for {format!r}")
     if half:
         return sparse_matmul.pack_nm24(weight)
+    if format in _SPARSE_INT8:
+        return sparse_int8.pack_sparse_int8(weight, format, rows)
     return sparse_matmul.pack_float(weight, format, rows) if sparse else int8_gemm.pack_int8(weight)
 
 
@@ -72,6 +80,8 @@ def unpack(pack: Tensor) -> Tensor:
     header = describe(pack)
     if header["format"] == "u4":
         return int8_gemm.unpack_u4(pack, header)
+    if header["format"] in sparse_int8.FORMATS:
+        return sparse_int8.unpack_sparse_int8(pack, header)
     if header["dtype"] != "int8":
         return sparse_matmul.unpack_float(pack, header)
     return int8_gemm.unpack_int8(pack, header)
@@ -90,7 +100,7 @@ def describe(pack: Tensor) -> dict[str, Any]:
     """What a pack holds: format, version, dtype, n, k, block, nonzeros, bytes.
 
     Reads and checks the header, and of a sparse float32 pack everything but the values (every index is in range), of an
-    nm24 or u4 pack every byte. Of u4, `block` is the group size and dtype "int4" (symmetric) or "uint4" (zero points).
+    nm24, u4 or sparse int8 pack every byte. Of u4, `block` is the group size and dtype "int4" (symmetric) or "uint4" (zero points).
 
     Raises:
         ValueError: not a pack, of another version or format, truncated or damaged; the message says which.
@@ -98,6 +108,8 @@ def describe(pack: Tensor) -> dict[str, Any]:
     header = read_header(pack)
     if header["format"] == "u4":
         return int8_gemm.describe_u4(pack, header)
+    if header["format"] in sparse_int8.FORMATS:
+        return sparse_int8.describe_sparse_int8(pack, header)
     if header["dtype"] != "int8":
         return sparse_matmul.describe_float(pack, header)
     return int8_gemm.describe_int8(pack, header)

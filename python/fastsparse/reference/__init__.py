@@ -3,7 +3,7 @@
 from fastsparse.reference.int8_gemm import int8_linear, int8_mm, quantize_weight, weight_only_linear
 from fastsparse.reference.kl_loss import distill_loss, kl_div, kl_rows
 from fastsparse.reference.qdq import dequantize, fake_quantize, quantize, quantize_per_token
-from fastsparse.reference.sparse_matmul import sparse_linear, sparse_linear_bound
+from fastsparse.reference.sparse_matmul import sparse_int8_linear, sparse_linear, sparse_linear_bound
 
 __all__ = [
     "dequantize",
@@ -16,6 +16,7 @@ __all__ = [
     "quantize",
     "quantize_per_token",
     "quantize_weight",
+    "sparse_int8_linear",
     "sparse_linear",
     "sparse_linear_bound",
     "weight_only_linear",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsparse.reference.int8_gemm import int8_linear
+
 
 def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """As ops.sparse_linear, but `weight` is the dense f32[N, K] and the result is float64."""
@@ -27,3 +29,10 @@ def sparse_linear_bound(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
         magnitude = magnitude + bias.double().abs()
     terms = weight.ne(0).sum(1) + 1
     return magnitude * terms * 2.0**-24 * 1.01
+
+
+def sparse_int8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """As ops.sparse_int8_linear, but `weight` is the dense s8[N, K] and the result is float64: zeros change no integer."""
+    return int8_linear(x, weight, weight_scale, bias, activation)

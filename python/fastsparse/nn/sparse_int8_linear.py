@@ -1,0 +1,147 @@
+"""SparseInt8Linear: torch.nn.Linear with int8 weights, whose zeros are left out, and int8 activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsparse import ops
+from fastsparse.nn._packed import PackedLinear, check_activation, check_size, weight_to_pack, what
+from fastsparse.nn.int8_linear import MAX_K, quantize_weight
+from fastsparse.ops.sparse_int8 import FORMATS
+
+_MAX_N = 2**31 - 1
+
+
+class SparseInt8Linear(PackedLinear):
+    """A linear layer in W8A8 without what is zero in its weight: `Int8Linear`, to the bit, with dynamic activations.
+
+    y = activation(x W^T + bias) for x float32, bfloat16 or float16 [..., in_features]; y [..., out_features] has x's dtype,
+    or autocast's where autocast is on, as with `torch.nn.functional.linear`. Differentiable in `x` and `bias`; the weight
+    is fixed. Rows of x with a NaN or an infinity give NaN. `half()`, `to(dtype)` and the like leave its dtypes alone.
+
+    Attributes:
+        in_features, out_features: K and N.
+        activation: None, "relu", "gelu" (the exact one) or "silu"; applied inside the kernel.
+        weight: uint8 [bytes], a buffer: the pack (`ops.describe`, `ops.unpack`). Its length depends on the zeros.
+        weight_scale: float32 [N], a buffer.
+        bias: float32 [N], a Parameter, or None.
+    """
+
+    weight_scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None) -> None:
+        """An empty layer (zeros), for `load_state_dict` to fill; `from_linear` makes one that computes something.
+
+        Under `with torch.device("meta")` it allocates nothing; fill it with `load_state_dict(..., assign=True)`.
+
+        Raises:
+            ValueError: a size out of range, or an unknown activation.
+        """
+        super().__init__()
+        check_size("SparseInt8Linear", "in_features", in_features, MAX_K, "for the sums to be exact in int32")
+        check_size("SparseInt8Linear", "out_features", out_features, _MAX_N, "for the pack's header")
+        check_activation(activation, "SparseInt8Linear")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        zeros = torch.zeros(out_features, dtype=torch.float32)
+        # Without data there are no zeros to count: the length of a meta pack says nothing.
+        empty = torch.empty(0, dtype=torch.uint8)
+        if not zeros.is_meta:
+            empty = ops.pack(zeros.to(torch.int8)[:, None].expand(out_features, in_features), "blocks1x4")
+        self.register_buffer("weight", empty)
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32))
+        self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, format: str = "auto", rows: int | None = None, activation: str | None = None
+    ) -> SparseInt8Linear:
+        """Quantizes a dense layer and leaves its zeros out; the layer stays, and the copy shares no memory with it.
+
+        Args:
+            linear: on the CPU, float32, bfloat16 or float16; finite weights [N, K], K at most 131071. What is zero in its
+                weight is zero in the copy, and so is what rounds to zero.
+            format: "bitmap_s8" (few rows of x), "blocks1x4" or "blocks4x4" (many), or "auto": the one that fits the zeros
+                and `rows`.
+            rows: rows of x to be expected; None: many.
+            activation: None, "relu", "gelu" or "silu": what follows the layer and shall run inside the kernel.
+
+        Returns:
+            A layer in the training mode of `linear`, whose bias requires a gradient if that of `linear` does.
+
+        Raises:
+            TypeError: `linear` is no torch.nn.Linear.
+            ValueError: names the argument, what came and what was expected.
+        """
+        where = "SparseInt8Linear.from_linear"
+        weight = weight_to_pack(linear, activation, where)
+        out_features, in_features = weight.shape
+        if format not in ("auto", *FORMATS):
+            names = ", ".join(map(repr, FORMATS))
+            raise ValueError(f"{where}: format must be 'auto' or one of {names}, got {format!r}")
+        if in_features > MAX_K:
+            raise ValueError(
+                f"{where}: linear must have at most {MAX_K} in_features for the sums to be exact in int32, "
+                f"got {in_features}"
+            )
+        try:
+            codes, scale = quantize_weight(weight)
+        except ValueError as error:
+            raise ValueError(f"{where}: linear.weight can't be quantized: {error}") from error
+        try:
+            pack = ops.pack(codes, "sparse" if format == "auto" else format, rows)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        with torch.device("meta"):  # every tensor of it is set below
+            module = cls(in_features, out_features, linear.bias is not None, activation)
+        module.weight = pack
+        module.weight_scale = scale
+        module.take_bias(linear)
+        return module.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Going round Module.__getattr__ takes a part off the cost of a small call.
+        buffers: dict[str, Any] = self._buffers
+        return ops.sparse_int8_linear(
+            self.cast_for_autocast(x), buffers["weight"], buffers["weight_scale"], self.bias, self.activation
+        )
+
+    def state_problems(self, state: dict[str, Any], prefix: str = "") -> list[str]:
+        """What keeps the tensors of `state` under `prefix` from being this layer's; absent ones are not its matter.
+
+        A pack is validated to its last byte here.
+        """
+        problems = []
+        n, k = self.out_features, self.in_features
+        weight = state.get(prefix + "weight")
+        if weight is not None:
+            wanted = f"{prefix}weight must be a sparse pack of int8 [N={n}, K={k}]"
+            if isinstance(weight, Tensor) and weight.is_meta:  # it has no header to read
+                if weight.dtype != torch.uint8 or weight.dim() != 1:
+                    problems.append(f"{wanted}, got {what(weight)}")
+            else:
+                try:
+                    header = ops.describe(weight)
+                except ValueError as error:
+                    problems.append(f"{wanted}: {error}")
+                else:
+                    if header["format"] not in FORMATS or (header["n"], header["k"]) != (n, k):
+                        problems.append(f"{wanted}, got {header['format']} of [N={header['n']}, K={header['k']}]")
+        for name in ("weight_scale", "bias"):
+            value = state.get(prefix + name)
+            if value is None or getattr(self, name) is None:
+                continue
+            if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != (n,):
+                problems.append(f"{prefix}{name} must be float32 [{n}], got {what(value)}")
+            elif name == "weight_scale" and not value.is_meta and not bool(torch.isfinite(value).all()):
+                problems.append(f"{prefix}{name} must be finite, got a NaN or an infinity in it")
+        return problems
+
+    def make_room(self, weight: Tensor) -> None:
+        """A pack is as long as its zeros let it be: the buffer takes the length of the one that is loaded."""
+        if self.weight.shape != weight.shape:
+            self.weight = self.weight.new_empty(weight.shape)

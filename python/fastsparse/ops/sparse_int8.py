@@ -1,0 +1,156 @@
+"""sparse_int8_linear, of the family sparse_matmul: W8A8 linear layers whose weight is mostly zeros.
+
+The contract of the kernels is csrc/sparse_matmul/int8.h, the packed layouts are formats/bitmap_s8.h and formats/blocks_s8.h
+there, the float64 oracle fastsparse.reference.sparse_int8_linear.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsparse.ops._pack import HEADER
+from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
+
+FORMATS = {"bitmap_s8": 0, "blocks1x4": 1, "blocks4x4": 4}  # and the outputs of a block
+# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which the bitmap is the fastest, and what a stored block of 1x4
+# costs in products of 4 weights, of which a 4x4 block has four.
+BITMAP_ROWS = 4
+COST_1X4 = 1.6
+
+_sparse_int8_linear = torch.ops.fastsparse.sparse_int8_linear.default
+_sparse_int8_linear_train = torch.ops.fastsparse.sparse_int8_linear_train.default
+_sparse_int8_pack = torch.ops.fastsparse.sparse_int8_pack.default
+_sparse_int8_unpack = torch.ops.fastsparse.sparse_int8_unpack.default
+_sparse_int8_validate = torch.ops.fastsparse.sparse_int8_validate.default
+
+
+def sparse_int8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """A linear layer in W8A8 with a sparse weight: y = activation(x_q W^T * x_scale * weight_scale + bias).
+
+    x is quantized dynamically per token (row), and y computed, as in `int8_linear` without an x_scale: y has the bits that
+    `int8_linear` gives for the dense weight, whatever the format of the pack, the level, the threads and the rows.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K]; any strides.
+        weight: a pack of s8[N, K] in one of the formats bitmap_s8 (few rows of x), blocks1x4, blocks4x4 (many), from `pack`.
+        weight_scale: float32 [N], finite; the weight is `s8 * weight_scale[:, None]`.
+        bias: float32 [N].
+        activation: None, "relu", "gelu" (the exact one) or "silu".
+
+    Returns:
+        [..., N] in x's dtype. Differentiable in `x` and `bias`; the gradient to x is that of the dequantized weight
+        (straight through the rounding of x).
+
+    Raises:
+        ValueError: names the argument, what came and what was expected. K is at most 131071, so that the sums are exact
+            in int32.
+        RuntimeError: x is on CUDA, where there is no kernel yet.
+    """
+    try:
+        code = ACTIVATIONS[activation]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"sparse_int8_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
+        ) from None
+    if torch.is_grad_enabled():
+        if weight_scale.requires_grad:
+            raise ValueError("sparse_int8_linear: weight_scale must not require a gradient: there is none for it")
+        if x.requires_grad or (bias is not None and bias.requires_grad):
+            return _ACTIVATE[code](_sparse_int8_linear_train(x, weight, weight_scale, bias))
+    return _sparse_int8_linear(x, weight, weight_scale, bias, code)
+
+
+def _blocks(weight: Tensor, rows: int) -> int:
+    """How many blocks of `rows` x 4 have a weight that is not zero."""
+    n, k = weight.shape
+    live = torch.nn.functional.pad(weight != 0, (0, -k % 4, 0, -n % rows))
+    return int(live.view(live.shape[0] // rows, rows, live.shape[1] // 4, 4).any(3).any(1).count_nonzero())
+
+
+def choose_format(weight: Tensor, rows: int | None) -> str:
+    """What "sparse" means: by the rows of x to be expected (None: many) and the blocks that the zeros leave."""
+    if rows is not None and rows <= BITMAP_ROWS:
+        return "bitmap_s8"
+    return "blocks4x4" if 4 * _blocks(weight, 4) <= COST_1X4 * _blocks(weight, 1) else "blocks1x4"
+
+
+def pack_sparse_int8(weight: Tensor, format: str, rows: int | None) -> Tensor:
+    """`ops.pack` for int8 weights without their zeros."""
+    if weight.layout != torch.strided:
+        raise ValueError(f"pack: weight must be dense for {format}, got layout {weight.layout}")
+    if weight.dim() != 2:
+        raise ValueError(f"pack: weight must be a matrix [N, K], got weight{list(weight.shape)}")
+    if format == "sparse":
+        format = choose_format(weight, rows)
+    try:
+        return _sparse_int8_pack(weight, FORMATS[format])
+    except ValueError as error:
+        raise ValueError(f"pack: {str(error).removeprefix('sparse_int8_pack: ')}") from None
+
+
+def unpack_sparse_int8(pack: Tensor, header: dict[str, Any]) -> Tensor:
+    return _sparse_int8_unpack(pack, header["n"], header["k"])
+
+
+def describe_sparse_int8(pack: Tensor, header: dict[str, Any]) -> dict[str, Any]:
+    """Validates every byte: a kernel trusts none of them, but a reader should know."""
+    try:
+        _sparse_int8_validate(pack)
+    except ValueError as error:
+        raise ValueError(f"describe: {str(error).removeprefix('sparse_int8_validate: ')}") from None
+    return header
+
+
+def _linear_shape(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check_devices("sparse_int8_linear", x, weight=weight, weight_scale=weight_scale, bias=bias)
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+@torch.library.register_fake("fastsparse::sparse_int8_linear")
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, activation: int = 0) -> Tensor:
+    return _linear_shape(x, weight, weight_scale, bias)
+
+
+torch.library.register_fake("fastsparse::sparse_int8_linear_train")(_linear_shape)
+
+
+@torch.library.register_fake("fastsparse::sparse_int8_pack")
+def _(weight: Tensor, block: int) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size(min=HEADER.size)
+    return weight.new_empty(size, dtype=torch.uint8)
+
+
+@torch.library.register_fake("fastsparse::sparse_int8_unpack")
+def _(pack: Tensor, n: int, k: int) -> Tensor:
+    return pack.new_empty((n, k), dtype=torch.int8)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    # The dispatcher drops trailing arguments that have their default, here and in needs_input_grad.
+    x, weight, weight_scale, bias = (*inputs, None)[:4]
+    ctx.save_for_backward(weight, weight_scale)
+    ctx.k = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, weight_scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        # In float32, autocast or not: gradient times scale underflows in half precision.
+        with torch.autocast(grad.device.type, enabled=False):
+            values = _sparse_int8_unpack(weight, weight_scale.shape[0], ctx.k).float()
+            grad_x = ((grad.float() * weight_scale) @ values).to(grad.dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+    return grad_x, None, None, grad_bias
+
+
+torch.library.register_autograd(
+    "fastsparse::sparse_int8_linear_train", _linear_backward, setup_context=_save_for_backward
+)
