@@ -420,7 +420,9 @@ def _sparse(m: int, zeros: int) -> Callable[[Context], list[Part]]:
     return ratio_to
 
 
-def _sparse_int8(peer: str, m: tuple[int, ...], r: int, c: int, zeros: int, widths: tuple[tuple[int, int], ...]) -> Callable[[Context], list[Part]]:
+def _sparse_int8(
+    peer: str, m: tuple[int, ...], r: int, c: int, zeros: int, widths: tuple[tuple[int, int], ...]
+) -> Callable[[Context], list[Part]]:
     """A peer's time over that of sparse_int8_linear."""
 
     def ratio_to(context: Context) -> list[Part]:
@@ -463,7 +465,8 @@ def _sparse_int8_bars() -> tuple[Bar, ...]:
         Bar(
             f"sparse-int8-m{m[0]}-{r}x{c}-z{zeros}-{'dense' if peer == dense else 'int-mm'}",
             "sparse_matmul",
-            f"sparse_int8_linear, one thread, M = {', '.join(map(str, m))}, {zeros}% zeros in {r}x{c}: speed-up over {peer}",
+            f"sparse_int8_linear, one thread, M = {', '.join(map(str, m))}, {zeros}% zeros in {r}x{c}: speed-up over "
+            f"{peer}",
             _sparse_int8(peer, m, r, c, zeros, widths),
             at_least=goal,
             condition=vnni512,

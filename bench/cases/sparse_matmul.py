@@ -1,4 +1,6 @@
-"""sparse_matmul: sparse_linear against dense float32 (MKL); sparse_int8_linear is in _sparse_int8.py. Figures count dense work: 2 M N K operations."""
+"""sparse_matmul: sparse_linear against dense float32 (MKL); sparse_int8_linear is in _sparse_int8.py.
+
+Figures count dense work: 2 M N K operations."""
 
 from __future__ import annotations
 

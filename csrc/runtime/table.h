@@ -53,8 +53,8 @@ class Table {
     throw std::invalid_argument("spoil_kernel: " + std::string(family) + " has no kernel named " + name);
   }
 
-  // Test hook for a row that another of its level hides: select() gives it, if it is usable; "" ends it. Not to be called
-  // while kernels run.
+  // Test hook for a row that another of its level hides: select() gives it, if it is usable; "" ends it. Not to be
+  // called while kernels run.
   void pin(const char* family, const std::string& name) {
     pinned_ = nullptr;
     if (name.empty()) return;

@@ -2,19 +2,20 @@
 //
 //   y[M,N] = act(x_q W^T * x_scale * weight_scale + bias)     W s8[N,K], mostly zeros
 //
-// x_q, x_scale and y as in int8_linear, dynamic (int8_gemm/int8_gemm.h): its quantize and its epilogue run here, and the
-// sums between them are exact integers. So the bits of y are those of int8_linear on the dense weight, whatever the
+// x_q, x_scale and y as in int8_linear, dynamic (int8_gemm/int8_gemm.h): its quantize and its epilogue run here, and
+// the sums between them are exact integers. So the bits of y are those of int8_linear on the dense weight, whatever the
 // format, the level, the number of threads and of rows.
 //
-//   few rows   bitmap_s8 (formats/bitmap_s8.h): x as a row of codes; a tile of 16 outputs x 4 k is expanded in registers
-//   many rows  blocks_s8 (formats/blocks_s8.h): x as a panel, 4 k of up to 64 rows side by side, against one weight block
+//   few rows   bitmap_s8 (formats/bitmap_s8.h): x as a row of codes; a tile of 16 outputs x 4 k is expanded in
+//   registers many rows  blocks_s8 (formats/blocks_s8.h): x as a panel, 4 k of up to 64 rows side by side, against one
+//   weight block
 //
 // What a code is depends on the level (Kernels::dense): u8 = x_q + 128, or x_q itself as s16 or s8; sums start at
 // -offset * sum_k W(n, k), which turns the one into the other.
 //
-// Memory: a pack's bytes may be anything once header and size have passed (view). Positions in the values are held below
-// the total, behind which there is room for what one step may read; an index is a u8 into a panel that goes on for 256
-// groups; outputs are u8 inside a padded chunk. Damaged bytes give wrong numbers and never an access outside.
+// Memory: a pack's bytes may be anything once header and size have passed (view). Positions in the values are held
+// below the total, behind which there is room for what one step may read; an index is a u8 into a panel that goes on
+// for 256 groups; outputs are u8 inside a padded chunk. Damaged bytes give wrong numbers and never an access outside.
 #pragma once
 #include <stdint.h>
 

@@ -45,8 +45,7 @@ std::string read_pack(const uint8_t* bytes, int64_t size, bool validated, Weight
   if (std::memcmp(h.magic, "fspk", 4) != 0)
     return "got bytes that do not begin with \"fspk\"; make one with ops.pack()";
   out->is_bitmap = h.format == bitmap_s8::kFormat;
-  if (out->is_bitmap)
-    return (validated ? bitmap_s8::validate : bitmap_s8::view)(h, bytes, size, &out->bitmap);
+  if (out->is_bitmap) return (validated ? bitmap_s8::validate : bitmap_s8::view)(h, bytes, size, &out->bitmap);
   if (h.format == blocks_s8::kFormat)
     return (validated ? blocks_s8::validate : blocks_s8::view)(h, bytes, size, &out->blocks);
   return "got format " + std::to_string(h.format) + ", expected 11 (bitmap_s8) or 12 (blocks_s8)";
@@ -109,8 +108,7 @@ Tensor linear_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Te
   args.bias = bias.has_value() ? static_cast<const float*>(biases.const_data_ptr()) : nullptr;
   args.activation = static_cast<Activation>(activation);
   args.y = y.mutable_data_ptr();
-  if (!all_finite(args.weight_scale, n))
-    fail(kLinear, "weight_scale must be finite, got a NaN or an infinity in it");
+  if (!all_finite(args.weight_scale, n)) fail(kLinear, "weight_scale must be finite, got a NaN or an infinity in it");
   linear(select(), args);
   return y;
 }

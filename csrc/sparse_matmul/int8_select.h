@@ -15,7 +15,8 @@ const Kernels& select();
 std::vector<const Kernels*> table();
 std::vector<KernelInfo> kernel_infos();
 
-// Test hooks (runtime/table.h); not to be called while kernels run. pin() is for the row avx512, which avx512vbmi2 hides.
+// Test hooks (runtime/table.h); not to be called while kernels run. pin() is for the row avx512, which avx512vbmi2
+// hides.
 void spoil(const std::string& name);
 void pin(const std::string& name);
 

@@ -1,9 +1,11 @@
-// sparse_int8_linear, part of the program of sparse_matmul: every row of its table that this CPU runs (those that a better
-// one of their level hides, too) against plain loops. Sums are exact; the scalar row's epilogue is what all must match.
+// sparse_int8_linear, part of the program of sparse_matmul: every row of its table that this CPU runs (those that a
+// better one of their level hides, too) against plain loops. Sums are exact; the scalar row's epilogue is what all must
+// match.
 #pragma once
 #include <cstring>
 #include <vector>
 
+#include "../../csrc/runtime/isa.h"
 #include "../../csrc/sparse_matmul/formats/bitmap_s8.h"
 #include "../../csrc/sparse_matmul/formats/blocks_s8.h"
 #include "../../csrc/sparse_matmul/int8_select.h"
@@ -11,7 +13,8 @@
 
 namespace {
 
-// The pack of a weight in a format (0: bitmap_s8, else outputs of a block), taken apart into `args`; what is wrong, or "".
+// The pack of a weight in a format (0: bitmap_s8, else outputs of a block), taken apart into `args`; what is wrong, or
+// "".
 inline std::string pack_int8(const std::vector<int8_t>& weight, int64_t n, int64_t k, int64_t block, Guarded* memory,
                              fs::sparse_matmul::int8::LinearArgs* args) {
   using namespace fs::sparse_matmul;
@@ -95,8 +98,8 @@ inline void check_int8() {
       int8::linear(*row, args);
       const bool equal = std::memcmp(y.data(), expected.data(), expected.size() * 4) == 0;
       if (equal && y.margins_intact()) continue;
-      std::printf("FAILED %s: int8, block %ld, M=%ld N=%ld K=%ld, %ld%% zeros, activation %d: %s\n", row->name, block, m,
-                  n, k, percent, static_cast<int>(args.activation), equal ? "wrote outside y" : "differs");
+      std::printf("FAILED %s: int8, block %ld, M=%ld N=%ld K=%ld, %ld%% zeros, activation %d: %s\n", row->name, block,
+                  m, n, k, percent, static_cast<int>(args.activation), equal ? "wrote outside y" : "differs");
       ++failures;
     }
   }

@@ -101,6 +101,7 @@ int main(int argc, char** argv) {
     }
   for (int i = 0; i < cases && failures < 20; ++i) check(rows);
   for (int i = 0; i < cases && failures < 20; ++i) check_int8();
-  std::printf("%d cases of sparse_linear and of sparse_int8_linear in 3 formats each; rows: %s; %d failures\n", cases, names.c_str(), failures);
+  std::printf("%d cases of sparse_linear and of sparse_int8_linear in 3 formats each; rows: %s; %d failures\n", cases,
+              names.c_str(), failures);
   return failures == 0 ? 0 : 1;
 }

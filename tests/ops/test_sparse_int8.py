@@ -1,4 +1,4 @@
-"""sparse_int8_linear: every row and format bit-equal to int8_linear on the dense weight, packs to the byte, damage, errors."""
+"""sparse_int8_linear: every row and format bit-equal to int8_linear, packs to the byte, damage, errors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def test_bits_are_those_of_the_dense_weight(row: str, format: str) -> None:
     with running(row):
         for i, (m, n, k) in enumerate(SHAPES + EMPTY):
             for zeros in (0.0, 0.5, 0.95, 1.0):
-                x, w, scale, bias = operands(m, n, k, zeros) if m else (torch.empty(0, k), sparse(n, k), *[torch.ones(n)] * 2)
+                x, w, scale, bias = (
+                    operands(m, n, k, zeros) if m else (torch.empty(0, k), sparse(n, k), *[torch.ones(n)] * 2)
+                )
                 activation = ACTIVATIONS[i % 4]
                 x = x.to((torch.float32, torch.bfloat16, torch.float16)[i % 3])
                 wanted = ops.int8_linear(x, ops.pack(w), scale, bias, activation)
@@ -113,7 +115,10 @@ def test_threads_and_row_counts_give_the_same_bits() -> None:
         for count in (1, 2, 3):
             with threads(count):
                 for part in (slice(0, 133), slice(5, 6), slice(7, 20), slice(60, 110)):
-                    assert same_bits(ops.sparse_int8_linear(x[part], pack, scale, bias, "silu"), wanted[part]), (format, count)
+                    assert same_bits(ops.sparse_int8_linear(x[part], pack, scale, bias, "silu"), wanted[part]), (
+                        format,
+                        count,
+                    )
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -199,7 +204,9 @@ def blocks_restated(w: np.ndarray, r: int) -> tuple[int, int, bytes]:
     offset, order, index, value = [0], b"", b"", b""
     for c in range(chunks):
         for b in range(k_blocks):
-            part = whole[256 * c : 256 * c + 256, 512 * b : 512 * b + 512].reshape(units, r, 128, 4).transpose(0, 2, 1, 3)
+            part = (
+                whole[256 * c : 256 * c + 256, 512 * b : 512 * b + 512].reshape(units, r, 128, 4).transpose(0, 2, 1, 3)
+            )
             live = (part != 0).any((2, 3))
             count = live.sum(1)
             by_count = sorted(range(units), key=lambda u: -count[u])
@@ -219,7 +226,9 @@ def test_pack_is_as_documented_to_the_byte_and_back(format: str) -> None:
         for zeros in (0.0, 0.6, 1.0):
             w = sparse(n, k, zeros)
             pack = ops.pack(w, format)
-            restated = bitmap_restated(w.numpy()) if format == "bitmap_s8" else blocks_restated(w.numpy(), int(format[6]))
+            restated = (
+                bitmap_restated(w.numpy()) if format == "bitmap_s8" else blocks_restated(w.numpy(), int(format[6]))
+            )
             number, block, body = restated
             nonzeros = int(w.count_nonzero())
             header = HEADER.pack(b"fspk", number, 1, 1, block, n, k, nonzeros, 64 + len(body), bytes(16))
@@ -236,7 +245,11 @@ def test_a_bitmap_of_half_zeros_has_its_bytes() -> None:
 
 
 def blocky(n: int, k: int, zeros: float, block: tuple[int, int]) -> Tensor:
-    mask = (torch.rand(n // block[0], k // block[1]) >= zeros).repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    mask = (
+        (torch.rand(n // block[0], k // block[1]) >= zeros)
+        .repeat_interleave(block[0], 0)
+        .repeat_interleave(block[1], 1)
+    )
     return torch.where(mask, 1, 0).to(torch.int8)
 
 
@@ -315,7 +328,8 @@ def test_truncated_overflowing_and_foreign_packs_are_refused() -> None:
         changed = []
         fields = list(HEADER.unpack(bytes(pack[:64].tolist())))
         for place, value in (
-            (5, 2**31 - 1), (6, 2**31 - 1), (5, -1), (6, 2**40), (7, 2**62), (7, -1), (8, 2**63), (4, 7), (3, 2), (2, 2), (1, 2),
+            (5, 2**31 - 1), (6, 2**31 - 1), (5, -1), (6, 2**40), (7, 2**62), (7, -1), (8, 2**63), (4, 7), (3, 2), (2, 2),
+            (1, 2),
         ):  # fmt: skip
             header = HEADER.pack(*fields[:place], value, *fields[place + 1 :])
             changed.append(torch.cat([torch.frombuffer(bytearray(header), dtype=torch.uint8), pack[64:]]))
@@ -364,7 +378,7 @@ def test_gradients_are_those_of_int8_linear(format: str, activation: str | None)
 
 
 def test_compile_fullgraph_and_fake_tensors() -> None:
-    x, w, scale, bias = operands(4, 19, 23)
+    x, w, scale, _ = operands(4, 19, 23)
     pack = ops.pack(w, "blocks1x4")
 
     def layer(x: Tensor, pack: Tensor, scale: Tensor) -> Tensor:
@@ -377,28 +391,31 @@ def test_compile_fullgraph_and_fake_tensors() -> None:
     compiled(x, pack, scale).sum().backward()
     assert x.grad is not None
     with FakeTensorMode():
-        y = ops.sparse_int8_linear(torch.empty(2, 3, 23, dtype=torch.bfloat16), torch.empty(999, dtype=torch.uint8), torch.empty(19))
+        y = ops.sparse_int8_linear(
+            torch.empty(2, 3, 23, dtype=torch.bfloat16), torch.empty(999, dtype=torch.uint8), torch.empty(19)
+        )
     assert (y.shape, y.dtype) == ((2, 3, 19), torch.bfloat16)
 
 
 W, SCALE, X = sparse(19, 23), torch.ones(19), torch.randn(2, 23)
 PACK = ops.pack(W, "bitmap_s8")
+linear = ops.sparse_int8_linear
 BAD_INPUT = {
-    "x columns": (lambda: ops.sparse_int8_linear(X[:, 1:], PACK, SCALE), r"x must have K=23 columns .* got x\[2, 22\]"),
-    "no dimension": (lambda: ops.sparse_int8_linear(torch.tensor(1.0), PACK, SCALE), r"at least one dimension, got x\[\]"),
-    "x dtype": (lambda: ops.sparse_int8_linear(X.double(), PACK, SCALE), "x must be float32, bfloat16 or float16, got float64"),
-    "x int8": (lambda: ops.sparse_int8_linear(X.to(torch.int8), PACK, SCALE), "x must be float32, .* got int8"),
-    "a dense weight": (lambda: ops.sparse_int8_linear(X, W, SCALE), "weight must be uint8, got int8"),
-    "a matrix of bytes": (lambda: ops.sparse_int8_linear(X, PACK[None], SCALE), r"must be a pack, .* got weight\[1, "),
-    "a dense pack": (lambda: ops.sparse_int8_linear(X, ops.pack(W), SCALE), "got format 1, expected 11"),
+    "x columns": (lambda: linear(X[:, 1:], PACK, SCALE), r"x must have K=23 columns .* got x\[2, 22\]"),
+    "no dimension": (lambda: linear(torch.tensor(1.0), PACK, SCALE), r"at least one dimension, got x\[\]"),
+    "x dtype": (lambda: linear(X.double(), PACK, SCALE), "x must be float32, bfloat16 or float16, got float64"),
+    "x int8": (lambda: linear(X.to(torch.int8), PACK, SCALE), "x must be float32, .* got int8"),
+    "a dense weight": (lambda: linear(X, W, SCALE), "weight must be uint8, got int8"),
+    "a matrix of bytes": (lambda: linear(X, PACK[None], SCALE), r"must be a pack, .* got weight\[1, "),
+    "a dense pack": (lambda: linear(X, ops.pack(W), SCALE), "got format 1, expected 11"),
     "a sparse pack there": (lambda: ops.int8_linear(X, PACK, SCALE), "got format 11, expected 1"),
-    "scale length": (lambda: ops.sparse_int8_linear(X, PACK, SCALE[1:]), r"weight_scale must have shape \[19\], got"),
-    "scale dtype": (lambda: ops.sparse_int8_linear(X, PACK, SCALE.double()), "weight_scale must be float32, got float64"),
-    "scale finite": (lambda: ops.sparse_int8_linear(X, PACK, SCALE / 0), "weight_scale must be finite"),
-    "scale gradient": (lambda: ops.sparse_int8_linear(X, PACK, SCALE.clone().requires_grad_()), "must not require a gradient"),
-    "bias length": (lambda: ops.sparse_int8_linear(X, PACK, SCALE, SCALE[1:]), r"bias must have shape \[19\], got bias"),
-    "bias dtype": (lambda: ops.sparse_int8_linear(X, PACK, SCALE, SCALE.double()), "bias must be float32, got float64"),
-    "activation": (lambda: ops.sparse_int8_linear(X, PACK, SCALE, None, "tanh"), "activation must be None, .* got 'tanh'"),
+    "scale length": (lambda: linear(X, PACK, SCALE[1:]), r"weight_scale must have shape \[19\], got"),
+    "scale dtype": (lambda: linear(X, PACK, SCALE.double()), "weight_scale must be float32, got float64"),
+    "scale finite": (lambda: linear(X, PACK, SCALE / 0), "weight_scale must be finite"),
+    "scale gradient": (lambda: linear(X, PACK, SCALE.clone().requires_grad_()), "must not require a gradient"),
+    "bias length": (lambda: linear(X, PACK, SCALE, SCALE[1:]), r"bias must have shape \[19\], got bias"),
+    "bias dtype": (lambda: linear(X, PACK, SCALE, SCALE.double()), "bias must be float32, got float64"),
+    "activation": (lambda: linear(X, PACK, SCALE, None, "tanh"), "activation must be None, .* got 'tanh'"),
     "pack format": (lambda: ops.pack(W, "blocks2x4"), "pack: format must be .*'blocks1x4'.* got 'blocks2x4'"),
     "pack rows": (lambda: ops.pack(W, "sparse", rows=-1), "rows must be None or at least 0, got -1"),
     "pack vector": (lambda: ops.pack(W[0], "sparse"), r"weight must be a matrix \[N, K\], got weight\[23\]"),

@@ -52,7 +52,9 @@ struct Few {
   static Sum dot(Sum sum, __m128i w, X x) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepi8_epi16(w), x));
   }
-  static __m128i finish(Sum sum) { return _mm_hadd_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1)); }
+  static __m128i finish(Sum sum) {
+    return _mm_hadd_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  }
 };
 
 }  // namespace

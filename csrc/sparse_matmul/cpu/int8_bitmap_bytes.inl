@@ -1,5 +1,5 @@
-// bitmap_s8 without vpexpandb: 16 bytes at a time by vpshufb, one body for what has SSE's bytes. The level brings, before
-// this, `struct Few`:
+// bitmap_s8 without vpexpandb: 16 bytes at a time by vpshufb, one body for what has SSE's bytes. The level brings,
+// before this, `struct Few`:
 //   kCodeBytes            bytes of a code of x
 //   X, x(p)               4 codes of a row, for 4 outputs
 //   Sum, zero(), dot(sum, w, x)   w: 4 outputs x 4 k of s8
@@ -14,7 +14,8 @@ namespace {
 
 using namespace fs::sparse_matmul::int8;
 
-// Where the bytes go whose bits are set: byte i of row m is the number of bits set in m below i, 128 (a zero) for an unset i.
+// Where the bytes go whose bits are set: byte i of row m is the number of bits set in m below i, 128 (a zero) for an
+// unset i.
 struct Spread {
   uint8_t at[256][8];
 };

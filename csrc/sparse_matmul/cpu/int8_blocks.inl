@@ -7,8 +7,9 @@
 //   Weight, weight(p)          4 s8 for all rows
 //   X, x(p, stride)            4 codes of kWidth rows, their dwords `stride` bytes apart
 //   dot(sum, x, w)             sum + the 4 products of each row
-// Idea     all rows meet the same weights: a stored block costs one broadcast of 4 weights an output, whatever the pattern.
-// Order    unit by unit in descending order of blocks, so that the trip count is the last one's or a little less and
+// Idea     all rows meet the same weights: a stored block costs one broadcast of 4 weights an output, whatever the
+// pattern. Order    unit by unit in descending order of blocks, so that the trip count is the last one's or a little
+// less and
 //          is predicted; the x of a block of k (32 KB for 64 rows) stays in L1, the sums of a chunk in L2.
 #include <string.h>
 
@@ -153,7 +154,8 @@ void chunk_of(const PanelArgs& a) {
   const int64_t k_blocks = w.k_blocks();
   const uint8_t* order = w.order + a.chunk * k_blocks * 2 * kUnits;
   const int32_t* column_sum = w.sum + a.chunk * kOutputs;
-  int64_t position = w.offset[a.chunk] < static_cast<uint64_t>(w.total) ? static_cast<int64_t>(w.offset[a.chunk]) : w.total;
+  int64_t position =
+      w.offset[a.chunk] < static_cast<uint64_t>(w.total) ? static_cast<int64_t>(w.offset[a.chunk]) : w.total;
   for (int64_t block = 0; block < k_blocks; ++block, order += 2 * kUnits) {
     const uint8_t* x = a.panel + block * kGroups * Lanes::kSteps * 4 * kLanes;
     for (int64_t i = 0; i < kUnits; ++i) {

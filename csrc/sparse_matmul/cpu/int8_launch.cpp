@@ -30,7 +30,8 @@ void split(int64_t count, bool alone, const Body& body) {
 // Bytes between the rows of codes: whole blocks of what quantize writes, and out of step with the sets of L1.
 int64_t code_stride(const Kernels& kernels, int64_t k) { return round_up(k * kernels.dense->panel_bytes, 256) + 64; }
 
-// Codes of rows [row, row + rows), code_stride apart, one after the other: blocks of a panel of one row lie side by side.
+// Codes of rows [row, row + rows), code_stride apart, one after the other: blocks of a panel of one row lie side by
+// side.
 void quantize(const Kernels& kernels, const LinearArgs& args, int64_t k, int64_t row, int64_t rows, uint8_t* codes,
               float* scale) {
   for (int64_t r = 0; r < rows; ++r)

@@ -1,8 +1,8 @@
-// blocks_s8 v1 (format 12, dtype 1, block 256 R + 4): an int8 weight s8[N,K] for many rows of x, in blocks of R outputs x
-// 4 k, R = 1 or 4 (block 260 or 1028), of which those with a weight that is not zero are stored. 4 R + 1 bytes a stored
-// block, and 512/R bytes per 256 x 512 weights. K <= 131071. Every section begins at a multiple of 64 from the start, the
-// gaps are zero. Little-endian, the same on every ISA level. Header: runtime/pack.h; its non-zeros count weights.
-// C = ceil(N/256) chunks of outputs, B = ceil(K/512) blocks of k, U = 256/R units of R outputs in a chunk.
+// blocks_s8 v1 (format 12, dtype 1, block 256 R + 4): an int8 weight s8[N,K] for many rows of x, in blocks of R outputs
+// x 4 k, R = 1 or 4 (block 260 or 1028), of which those with a weight that is not zero are stored. 4 R + 1 bytes a
+// stored block, and 512/R bytes per 256 x 512 weights. K <= 131071. Every section begins at a multiple of 64 from the
+// start, the gaps are zero. Little-endian, the same on every ISA level. Header: runtime/pack.h; its non-zeros count
+// weights. C = ceil(N/256) chunks of outputs, B = ceil(K/512) blocks of k, U = 256/R units of R outputs in a chunk.
 //   u64 offset[C+1]        first stored block of each chunk; offset[C] = stored blocks
 //   u8 order[C][B][2][U]   units of the chunk in descending order of stored blocks in this block of k (ties: ascending;
 //                          all of 0 .. U-1, also those beyond N), then their numbers of stored blocks
@@ -29,8 +29,8 @@ inline constexpr uint32_t block_code(int64_t rows) { return static_cast<uint32_t
 // The pack of s8[n, k], element (n, k) at n * stride_n + k * stride_k, in blocks of `rows` (1 or 4) x 4; k <= kMaxK.
 std::vector<uint8_t> pack(const int8_t* weight, int64_t stride_n, int64_t stride_k, int64_t n, int64_t k, int64_t rows);
 
-// Takes a pack apart; reads the header and offset's last element. Empty if header and size are right; else what is wrong,
-// for "... must be a pack: ".
+// Takes a pack apart; reads the header and offset's last element. Empty if header and size are right; else what is
+// wrong, for "... must be a pack: ".
 std::string view(const PackHeader& header, const uint8_t* bytes, int64_t size, int8::Blocks* out);
 
 // As view(), then every byte: empty only for what pack() writes.

@@ -18,9 +18,9 @@ _MAX_N = 2**31 - 1
 class SparseInt8Linear(PackedLinear):
     """A linear layer in W8A8 without what is zero in its weight: `Int8Linear`, to the bit, with dynamic activations.
 
-    y = activation(x W^T + bias) for x float32, bfloat16 or float16 [..., in_features]; y [..., out_features] has x's dtype,
-    or autocast's where autocast is on, as with `torch.nn.functional.linear`. Differentiable in `x` and `bias`; the weight
-    is fixed. Rows of x with a NaN or an infinity give NaN. `half()`, `to(dtype)` and the like leave its dtypes alone.
+    y = activation(x W^T + bias) for x float32, bfloat16 or float16 [..., in_features]; y [..., out_features] has x's
+    dtype, or autocast's where autocast is on, as with `torch.nn.functional.linear`. Differentiable in `x` and `bias`;
+    the weight is fixed. Rows of x with a NaN or an infinity give NaN. `half()`, `to(dtype)` and the like leave its dtypes alone.
 
     Attributes:
         in_features, out_features: K and N.
@@ -63,10 +63,10 @@ class SparseInt8Linear(PackedLinear):
         """Quantizes a dense layer and leaves its zeros out; the layer stays, and the copy shares no memory with it.
 
         Args:
-            linear: on the CPU, float32, bfloat16 or float16; finite weights [N, K], K at most 131071. What is zero in its
-                weight is zero in the copy, and so is what rounds to zero.
-            format: "bitmap_s8" (few rows of x), "blocks1x4" or "blocks4x4" (many), or "auto": the one that fits the zeros
-                and `rows`.
+            linear: on the CPU, float32, bfloat16 or float16; finite weights [N, K], K at most 131071. What is zero in
+                its weight is zero in the copy, and so is what rounds to zero.
+            format: "bitmap_s8" (few rows of x), "blocks1x4" or "blocks4x4" (many), or "auto": the one that fits the
+                zeros and `rows`.
             rows: rows of x to be expected; None: many.
             activation: None, "relu", "gelu" or "silu": what follows the layer and shall run inside the kernel.
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from fastsparse.ops import int8_gemm, sparse_int8, sparse_matmul
 from fastsparse.ops._pack import read_header
 
-
 _SPARSE_INT8 = (*sparse_int8.FORMATS, "sparse")
 _INT8 = ("vnni16", "u4", *_SPARSE_INT8)
 
@@ -27,8 +26,8 @@ def pack(
     """Packs a weight once, for all calls to come.
 
     Args:
-        weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K], dense or torch.sparse_csr, for `sparse_linear`, of which
-            exactly what is zero is left out (a zero that a csr tensor holds explicitly, too); float16 or bfloat16
+        weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K], dense or torch.sparse_csr, for
+            `sparse_linear`, of which exactly what is zero is left out (a zero that a csr tensor holds explicitly, too); float16 or bfloat16
             [N, K] with at most 2 of every 4 consecutive k not zero (2:4), for `sparse_linear` on CUDA. 4-bit codes
             [N, K] for `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
@@ -100,7 +99,8 @@ def describe(pack: Tensor) -> dict[str, Any]:
     """What a pack holds: format, version, dtype, n, k, block, nonzeros, bytes.
 
     Reads and checks the header, and of a sparse float32 pack everything but the values (every index is in range), of an
-    nm24, u4 or sparse int8 pack every byte. Of u4, `block` is the group size and dtype "int4" (symmetric) or "uint4" (zero points).
+    nm24, u4 or sparse int8 pack every byte. Of u4, `block` is the group size and dtype "int4" (symmetric) or "uint4"
+    (zero points).
 
     Raises:
         ValueError: not a pack, of another version or format, truncated or damaged; the message says which.

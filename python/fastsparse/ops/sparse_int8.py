@@ -1,7 +1,7 @@
 """sparse_int8_linear, of the family sparse_matmul: W8A8 linear layers whose weight is mostly zeros.
 
-The contract of the kernels is csrc/sparse_matmul/int8.h, the packed layouts are formats/bitmap_s8.h and formats/blocks_s8.h
-there, the float64 oracle fastsparse.reference.sparse_int8_linear.
+The contract of the kernels is csrc/sparse_matmul/int8.h, the packed layouts are formats/bitmap_s8.h and
+formats/blocks_s8.h there, the float64 oracle fastsparse.reference.sparse_int8_linear.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fastsparse.ops._pack import HEADER
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 
 FORMATS = {"bitmap_s8": 0, "blocks1x4": 1, "blocks4x4": 4}  # and the outputs of a block
-# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which the bitmap is the fastest, and what a stored block of 1x4
-# costs in products of 4 weights, of which a 4x4 block has four.
+# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which the bitmap is the fastest, and how much more the product
+# of a stored 1x4 block costs than one of the four of a 4x4 block.
 BITMAP_ROWS = 4
 COST_1X4 = 1.6
 
@@ -32,12 +32,13 @@ def sparse_int8_linear(
 ) -> Tensor:
     """A linear layer in W8A8 with a sparse weight: y = activation(x_q W^T * x_scale * weight_scale + bias).
 
-    x is quantized dynamically per token (row), and y computed, as in `int8_linear` without an x_scale: y has the bits that
-    `int8_linear` gives for the dense weight, whatever the format of the pack, the level, the threads and the rows.
+    x is quantized dynamically per token (row), and y computed, as in `int8_linear` without an x_scale: y has the bits
+    that `int8_linear` gives for the dense weight, whatever the format of the pack, the level, the threads and the rows.
 
     Args:
         x: float32, bfloat16 or float16 [..., K]; any strides.
-        weight: a pack of s8[N, K] in one of the formats bitmap_s8 (few rows of x), blocks1x4, blocks4x4 (many), from `pack`.
+        weight: a pack of s8[N, K] in one of the formats bitmap_s8 (few rows of x), blocks1x4, blocks4x4 (many), from
+            `pack`.
         weight_scale: float32 [N], finite; the weight is `s8 * weight_scale[:, None]`.
         bias: float32 [N].
         activation: None, "relu", "gelu" (the exact one) or "silu".

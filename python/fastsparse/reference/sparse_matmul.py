@@ -34,5 +34,5 @@ def sparse_linear_bound(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 def sparse_int8_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    """As ops.sparse_int8_linear, but `weight` is the dense s8[N, K] and the result is float64: zeros change no integer."""
+    """As ops.sparse_int8_linear, but `weight` is the dense s8[N, K] and the result is float64."""
     return int8_linear(x, weight, weight_scale, bias, activation)
