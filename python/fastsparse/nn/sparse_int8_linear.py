@@ -20,7 +20,8 @@ class SparseInt8Linear(PackedLinear):
 
     y = activation(x W^T + bias) for x float32, bfloat16 or float16 [..., in_features]; y [..., out_features] has x's
     dtype, or autocast's where autocast is on, as with `torch.nn.functional.linear`. Differentiable in `x` and `bias`;
-    the weight is fixed. Rows of x with a NaN or an infinity give NaN. `half()`, `to(dtype)` and the like leave its dtypes alone.
+    the weight is fixed. Rows of x with a NaN or an infinity give NaN. `half()`, `to(dtype)` and the like leave its
+    dtypes alone.
 
     Attributes:
         in_features, out_features: K and N.

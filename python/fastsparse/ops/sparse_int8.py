@@ -15,7 +15,7 @@ from fastsparse.ops._pack import HEADER
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 
 FORMATS = {"bitmap_s8": 0, "blocks1x4": 1, "blocks4x4": 4}  # and the outputs of a block
-# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which the bitmap is the fastest, and how much more the product
+# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which the bitmap is the fastest, and how much more a product
 # of a stored 1x4 block costs than one of the four of a 4x4 block.
 BITMAP_ROWS = 4
 COST_1X4 = 1.6
