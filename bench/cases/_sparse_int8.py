@@ -17,7 +17,9 @@ CASE, DENSE, INT_MM = "sparse_int8_linear", "fastsparse int8_linear", "torch._in
 FEW = ((768, 768), (4096, 4096), (4096, 11008))  # (K, N)
 MANY = ((768, 768), (4096, 4096))
 BLOCKS = ((1, 4, 75), (4, 4, 75), (4, 4, 50), (1, 1, 90))  # (r, c, zeros)
-SHAPES = [{"m": m, "k": k, "n": n, "r": 1, "c": 1, "zeros": z} for k, n in FEW for z in (50, 70, 80) for m in (1, 4)] + [
+SHAPES = [
+    {"m": m, "k": k, "n": n, "r": 1, "c": 1, "zeros": z} for k, n in FEW for z in (50, 70, 80) for m in (1, 4)
+] + [
     {"m": m, "k": k, "n": n, "r": r, "c": c, "zeros": z} for k, n in MANY for r, c, z in BLOCKS for m in (16, 128, 512)
 ]
 
