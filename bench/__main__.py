@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -96,10 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = replace(settings, hold=machine.hold(str(described["isa"]), str(described["cpu_level"])))
     before = ceilings.measure_in_child(options.threads, options.quick)
     progress = Progress(len(todo))
-    try:
-        rows = runner.run(cases, settings, bool(described["beyond_avx2"]), progress)
-    finally:
-        progress.close()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("FASTSPARSE_CACHE", folder)  # "auto" measures its choices anew, in the children
+        try:
+            rows = runner.run(cases, settings, bool(described["beyond_avx2"]), progress)
+        finally:
+            progress.close()
+            if os.environ["FASTSPARSE_CACHE"] == folder:
+                del os.environ["FASTSPARSE_CACHE"]
     after = [] if options.quick else ceilings.measure_in_child(options.threads, quick=True)
     found = ceilings.merge(before, after)
     described["loadavg_end"] = machine.loadavg()

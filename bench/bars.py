@@ -116,7 +116,13 @@ def judge(bar: Bar, context: Context) -> Verdict:
 
 
 def judge_all(family: str, context: Context) -> list[Verdict]:
-    return [judge(bar, context) for bar in BARS if bar.family == family]
+    return [judge(bar, context) for bar in bars_of(family)]
+
+
+def bars_of(family: str) -> list[Bar]:
+    from bench import sparse_bars  # its bars are made of what stands here
+
+    return [bar for bar in (*BARS, *sparse_bars.BARS) if bar.family == family]
 
 
 # ---- what several bars share ----
@@ -399,83 +405,6 @@ def qdq_token(context: Context) -> list[Part]:
     ]
 
 
-# ---- sparse_matmul ----
-
-SPARSE_WEIGHTS = ((768, 768), (768, 3072), (4096, 4096))  # (K, N)
-
-
-def _sparse(m: int, zeros: int) -> Callable[[Context], list[Part]]:
-    """Dense float32's time over ours."""
-
-    def ratio_to(context: Context) -> list[Part]:
-        def ratio(r: Row) -> float | None:
-            dense = find(context.rows, r, FP32)
-            return dense.median / r.median if dense is not None and dense.ok else None
-
-        return [
-            _part(f"K={k} N={n}", context.ours("sparse_linear", m=m, k=k, n=n, zeros=zeros), ratio, "no dense figure")
-            for k, n in SPARSE_WEIGHTS
-        ]
-
-    return ratio_to
-
-
-def _sparse_int8(
-    peer: str, m: tuple[int, ...], r: int, c: int, zeros: int, widths: tuple[tuple[int, int], ...]
-) -> Callable[[Context], list[Part]]:
-    """A peer's time over that of sparse_int8_linear."""
-
-    def ratio_to(context: Context) -> list[Part]:
-        def ratio(row: Row) -> float | None:
-            other = find(context.rows, row, peer)
-            return other.median / row.median if other is not None and other.ok else None
-
-        return [
-            _part(
-                f"M={rows} K={k} N={n}",
-                context.ours("sparse_int8_linear", m=rows, k=k, n=n, r=r, c=c, zeros=zeros),
-                ratio,
-                f"no figure of {peer}",
-            )
-            for k, n in widths
-            for rows in m
-        ]
-
-    return ratio_to
-
-
-def _sparse_int8_bars() -> tuple[Bar, ...]:
-    """M = 1 from L2 and L3 or DRAM; many rows over torch._int_mm, and over our own dense kernel."""
-    dense, int_mm = "fastsparse int8_linear", "torch._int_mm"
-    small, large, many = (768, 768), ((4096, 4096), (4096, 11008)), (128, 512)
-    both = (small, (4096, 4096))
-    goals = (
-        (dense, (1,), 1, 1, 50, (small, *large), 1.5),
-        (dense, (1,), 1, 1, 70, (small, *large), 2.0),
-        (int_mm, many, 1, 4, 75, both, 2.3),
-        (dense, many, 1, 4, 75, both, 1.9),
-        (int_mm, many, 4, 4, 75, both, 2.9),
-        (dense, many, 4, 4, 75, both[1:], 2.4),
-        (int_mm, many, 4, 4, 50, both, 1.75),
-        (dense, many, 4, 4, 50, both, 1.45),
-        (int_mm, many, 1, 1, 90, both, 1.75),
-        (dense, many, 1, 1, 90, both, 1.4),
-    )
-    return tuple(
-        Bar(
-            f"sparse-int8-m{m[0]}-{r}x{c}-z{zeros}-{'dense' if peer == dense else 'int-mm'}",
-            "sparse_matmul",
-            f"sparse_int8_linear, one thread, M = {', '.join(map(str, m))}, {zeros}% zeros in {r}x{c}: speed-up over "
-            f"{peer}",
-            _sparse_int8(peer, m, r, c, zeros, widths),
-            at_least=goal,
-            condition=vnni512,
-            noise=NOISE,
-        )
-        for peer, m, r, c, zeros, widths, goal in goals
-    )
-
-
 # ---- kl_loss ----
 
 KL_SHAPES = ((1024, 1000), (4096, 1000), (32, 32000), (128, 32000))  # (M, C)
@@ -519,18 +448,6 @@ def kl_accuracy(context: Context) -> list[Part]:
 
 
 BARS: tuple[Bar, ...] = (
-    *_sparse_int8_bars(),
-    *(
-        Bar(
-            f"sparse-m{m}-z{zeros}",
-            "sparse_matmul",
-            f"sparse_linear, one thread, M = {m}, {zeros}% zeros: speed-up over dense float32",
-            _sparse(m, zeros),
-            at_least=goal,
-            condition=one_thread,
-        )
-        for m, zeros, goal in ((1, 50, 1.6), (1, 90, 5.0), (64, 50, 1.5), (64, 90, 5.0))
-    ),
     *(
         Bar(
             key,

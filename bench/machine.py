@@ -139,6 +139,7 @@ except Exception as e:
 try:
     import fastsparse
     found["fastsparse"] = fastsparse.info()
+    found["fastsparse"].pop("formats_file", None)
 except Exception as e:
     found["fastsparse_error"] = f"{type(e).__name__}: {e}"
 print("PROBE" + json.dumps(found, default=str))

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Clock = Callable[[], float]
 
@@ -21,6 +22,9 @@ LEVEL_SHARE = 0.75
 # A set this many times the next inner level leaves nothing of itself there from one pass to the next.
 INNER_FACTOR = 4
 MAX_SET_BYTES = 1 << 30
+# Weights in turn that no cache holds. A shared L3 may be larger than any share of it that one can have, so the set is
+# given in bytes.
+DRAM_SET_BYTES = 1_100_000_000
 
 
 def percentile(values: Sequence[float], q: float) -> float:
@@ -56,6 +60,23 @@ def copies_for(weight_bytes: int, caches: Mapping[str, int]) -> int:
     if level != "DRAM":
         copies = min(copies, int(LEVEL_SHARE * caches[level] // weight_bytes))
     return max(1, min(copies, MAX_SET_BYTES // weight_bytes))
+
+
+def in_turn(build: Callable[..., Callable[[], Any]], weight_bytes: Callable[..., int]) -> Callable[..., Any]:
+    """A builder whose call goes on to the next of as many weights as fill DRAM_SET_BYTES."""
+
+    def build_all(**shape: int) -> Callable[[], Any]:
+        calls = [build(**shape) for _ in range(-(-DRAM_SET_BYTES // weight_bytes(**shape)))]
+        position = -1
+
+        def call() -> Any:
+            nonlocal position
+            position = (position + 1) % len(calls)
+            return calls[position]()
+
+        return call
+
+    return build_all
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,9 @@ class Implementation:
     beyond_avx2: bool = False  # runs only on a CPU that has more than AVX2
     mallocs: Sequence[str] = MALLOCS
     threads: int | None = None  # more than the run's own; measured in one-thread runs only, where the cores are there
+    wants: Callable[..., bool] = lambda **_: True  # wants(**shape): it is measured at this shape
+    share: float = 1.0  # of the run's budget: what is there for orientation alone needs less
+    note: Callable[..., str | None] | None = None  # note(**shape): what to say beside its figure; asked in the worker
 
 
 @dataclass
@@ -80,6 +83,7 @@ class Case:
     work: Callable[..., float] | None
     quick: Callable[..., bool]
     over: str  # the axis that a table's lines and a plot's x run over; the others make a panel
+    break_even: str | None = None  # the dense peer that speed-ups over `zeros` are drawn and tabled against
     implementations: list[Implementation] = field(default_factory=list)
 
     def value(self, seconds: float, shape: Shape) -> float:
@@ -111,6 +115,7 @@ def case(
     work: Callable[..., float] | None = None,
     quick: Callable[..., bool] = lambda **_: True,
     over: str = "m",
+    break_even: str | None = None,
     **implementation: Any,
 ) -> Callable[[BuilderT], BuilderT]:
     """Registers a case together with our builder for it. `quick(**shape)` picks the shapes of a --quick run."""
@@ -121,7 +126,7 @@ def case(
         if name in _cases:
             raise RegistryError(f"case {name} is registered twice")
         ours = Implementation(OURS, "ours", build, **implementation)
-        _cases[name] = Case(name, shapes, unit, work, quick, over, [ours])
+        _cases[name] = Case(name, shapes, unit, work, quick, over, break_even, [ours])
         return build
 
     return register

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import break_even
 from bench.bars import MET, MISSED, NEARLY, Verdict
 from bench.ceilings import Ceiling
 from bench.registry import OURS, Case
@@ -160,7 +161,7 @@ def _case_table(result: Result, case: Case, panel: str, malloc: str, rows: Seque
                 fraction += f"; {kernel}" + (f" = {ours.fractions[key]:.2f}" if key in ours.fractions else "")
             if "vnni" in ours.fractions:
                 fraction += f"; {ours.fractions['vnni']:.2f} vnni avx512"
-            cell += [seconds_text(ours.median) + _mark(ours)]
+            cell += [seconds_text(ours.median) + _mark(ours) + (f" {ours.note}" if ours.note else "")]
             cell += [f"{seconds_text(ours.seconds['p20'])}..{seconds_text(ours.seconds['p80'])}"]
             cell += [f"{ours.value:.1f}"] if case.work and ours.value is not None else []
             cell += [fraction]
@@ -209,7 +210,8 @@ def held_line(result: Result) -> str:
 
 
 def tables(result: Result, cases: Mapping[str, Case]) -> list[Table]:
-    found = [ceiling_table(result.ceilings, result.rows), *case_tables(result, cases)]
+    speedups = [Table(*parts, notes=[]) for parts in break_even.tables(cases, result.rows)]
+    found = [ceiling_table(result.ceilings, result.rows), *speedups, *case_tables(result, cases)]
     return found + [verdict_table(result.verdicts)] * bool(result.verdicts)
 
 
@@ -255,7 +257,7 @@ def markdown(result: Result, cases: Mapping[str, Case], plot: str | None = None)
     text += [line + "  " for line in machine_lines(result.machine)]
     text += [held_line(result)] * bool(held_line(result))
     text += ["", LEGEND, ""]
-    text += [f"![ratios and fractions]({plot})", ""] if plot else []
+    text += [f"![plot]({plot})", ""] if plot else []
     for table in tables(result, cases):
         text += [f"## {table.title}", "", _line(table.header), _line(["---"] * len(table.header))]
         text += [_line(cells) for cells in table.cells] + [""]
@@ -279,7 +281,16 @@ def write(result: Result, cases: Mapping[str, Case], path: Path) -> list[Path]:
 
 
 def draw(result: Result, cases: Mapping[str, Case], path: Path) -> bool:
-    """One panel a shape: ratio to each peer above, fraction of the nearer ceiling below, over M. False: no figures."""
+    """One panel a shape: ratio to each peer above, fraction of the nearer ceiling below, over M. False: no figures.
+
+    Where a case asks for the break-even plot, that instead.
+    """
+    if any(case.break_even is not None for case in cases.values()):
+        title = (
+            f"{result.family}, {result.machine['cpu']}, {result.machine['isa']}, {result.options['threads']} thread(s)"
+            f", {result.machine['date']}: speed-up over dense as zeros grow"
+        )
+        return break_even.draw(cases, result.rows, title, path)
     columns = []
     for name, case in cases.items():
         rows = [row for row in result.rows if row.case == name and row.malloc == "default" and row.ok]

@@ -39,6 +39,7 @@ class Row:
     faults_per_call: float | None = None
     kernel_seconds: float | None = None  # the launch alone, without the dispatcher
     check: dict[str, Any] | None = None  # error, tolerance, measure, ok
+    note: str | None = None  # what the implementation says of itself, such as the format that it chose
     error: str | None = None
     fractions: dict[str, float] = field(default_factory=dict)  # of ceilings: compute, read, vnni; "kernel_..." alike
     ceilings: dict[str, str] = field(default_factory=dict)  # their keys

@@ -209,8 +209,8 @@ def run(
     rows: list[Row] = []
     try:
         todo = selected(cases, settings)
-        for case, _ in todo:  # all at once: importing torch is most of a short run
-            for implementation, malloc in _who(case, settings, beyond_avx2):
+        for case, shape in todo:  # all at once: importing torch is most of a short run
+            for implementation, malloc in _who(case, shape, settings, beyond_avx2):
                 children.get(implementation, malloc)
         for case, shape in todo:
             report(f"{case.name} {label(shape)}", [])
@@ -222,12 +222,13 @@ def run(
     return rows
 
 
-def _who(case: Case, settings: Settings, beyond_avx2: bool) -> list[tuple[Implementation, str]]:
+def _who(case: Case, shape: Shape, settings: Settings, beyond_avx2: bool) -> list[tuple[Implementation, str]]:
     return [
         (implementation, malloc)
         for implementation in case.implementations
         if beyond_avx2 or not implementation.beyond_avx2
         if implementation.threads is None or settings.threads == 1
+        if implementation.wants(**shape)
         for malloc in settings.mallocs
         if malloc in implementation.mallocs
     ]
@@ -235,7 +236,7 @@ def _who(case: Case, settings: Settings, beyond_avx2: bool) -> list[tuple[Implem
 
 def _measure(case: Case, shape: Shape, settings: Settings, beyond_avx2: bool, children: Children) -> list[Row]:
     entries = []
-    for implementation, malloc in _who(case, settings, beyond_avx2):
+    for implementation, malloc in _who(case, shape, settings, beyond_avx2):
         row = Row(
             case.name,
             dict(shape),
@@ -263,13 +264,13 @@ def _measure(case: Case, shape: Shape, settings: Settings, beyond_avx2: bool, ch
         return answer
 
     for entry in entries:
-        budget = settings.budget[entry.row.malloc]
+        budget = settings.budget[entry.row.malloc] * entry.implementation.share
         ready = ask(entry, do="setup", case=case.name, shape=dict(shape), budget=budget, rounds=settings.rounds)
         if ready is None:
             continue
         row = entry.row
         row.copies, row.level, row.weight_bytes = ready["copies"], ready["level"], ready["weight_bytes"]
-        row.check, entry.wanted = ready["check"], ready["rounds"]
+        row.check, row.note, entry.wanted = ready["check"], ready["note"], ready["rounds"]
         if entry.wanted == 0:  # one call took more than the whole budget
             entry.wanted, entry.attempts = 1, 1
             entry.quiet.append({"seconds": ready["first_call"], "calls": 1})

@@ -81,6 +81,7 @@ class Worker:
             "weight_bytes": weight_bytes or None,
             "rounds": self.plan.rounds if self.plan else 0,
             "check": {**asdict(check), "ok": check.ok} if check else None,
+            "note": implementation.note(**shape) if implementation.note else None,
         }
 
     def cores_missing(self) -> str | None:

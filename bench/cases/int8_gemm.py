@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.measure import in_turn
 from bench.registry import Call, Check, case, grid, peer
 
 warnings.filterwarnings("ignore", message=".*(quantiz|torch.ao).*")  # that these are deprecated is known
@@ -589,10 +590,8 @@ WEIGHT_ONLY = [
     for m in (1, 4, 16)
     for bits, group in ((8, 0), (4, 32), (4, 64), (4, 128))
 ]
-# One row, weights in turn that no cache holds: what the family is for. A shared L3 may be larger than any share of it
-# that one can have, so the set is given in bytes.
+# One row, weights in turn that no cache holds: what the family is for.
 FROM_DRAM = [shape for shape in WEIGHT_ONLY if shape["m"] == 1 and shape["k"] == 4096]
-DRAM_SET_BYTES = 1_100_000_000
 
 
 class WeightOnly(NamedTuple):
@@ -766,23 +765,6 @@ peer(
     check=_check_dense(0.02),
     available=onnxruntime_missing,
 )(onnxruntime_matmul_nbits)
-
-
-def in_turn(build: Callable[..., Call], weight_bytes: Callable[..., int]) -> Callable[..., Call]:
-    """A call that goes on to the next of as many weights as fill DRAM_SET_BYTES."""
-
-    def build_all(**shape: int) -> Call:
-        calls = [build(**shape) for _ in range(-(-DRAM_SET_BYTES // weight_bytes(**shape)))]
-        position = -1
-
-        def call() -> Any:
-            nonlocal position
-            position = (position + 1) % len(calls)
-            return calls[position]()
-
-        return call
-
-    return build_all
 
 
 case(

@@ -75,7 +75,9 @@ Tensor linear_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias
   if (x.dim() < 1) fail(kLinear, "x must have at least one dimension, got x[]");
   check_same_device(kLinear, "weight", weight, x);
   LinearArgs args{};
-  const std::string error = formats::view(pack_bytes(kLinear, "weight", weight), weight.numel(), &args.weight);
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  const std::string error = formats::view(pack_bytes(kLinear, "weight", weight), weight.numel(), &args.weight, rows);
   if (!error.empty()) fail(kLinear, "weight must be a sparse float32 pack: " + error);
   CheckedRows c = check_rows(x, n, bias, activation, args.weight.n, args.weight.k);
   args.m = c.m;

@@ -17,12 +17,13 @@ def info() -> dict[str, Any]:
         version, python, cpu; torch (its version, or None); problem (why the kernels can't be used, or None); isa (the
         level in use, or None), isa_reason, isa_available; cuda_built (the toolkit's version, or None), cuda_available,
         cuda_device, cuda_driver, cuda_unproven (CUDA kernels that never ran on hardware, and are off unless
-        FASTSPARSE_UNPROVEN=1); num_threads; build (how the binary was built).
+        FASTSPARSE_UNPROVEN=1); num_threads; formats_file (where the measured choices of sparse formats are
+        remembered, or None: the rule of thumb decides), formats_measured (how many); build (how the binary was built).
     """
     facts: dict[str, Any] = {
         "version": fastsparse.__version__,
         "python": platform.python_version(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "torch": None,
         "problem": None,
         "isa": None,
@@ -34,6 +35,8 @@ def info() -> dict[str, Any]:
         "cuda_driver": None,
         "cuda_unproven": [],
         "num_threads": None,
+        "formats_file": None,
+        "formats_measured": 0,
         "build": {},
     }
     try:
@@ -46,6 +49,10 @@ def info() -> dict[str, Any]:
 
     facts["torch"] = torch.__version__
     facts["num_threads"] = torch.get_num_threads()
+    from fastsparse.ops import _auto
+
+    path = _auto.file()
+    facts["formats_file"], facts["formats_measured"] = (None if path is None else str(path)), _auto.remembered()
     build = extension.build_info()
     facts["build"] = build
     facts["cuda_built"] = None if build["cuda"] == "off" else build["cuda"]
@@ -63,7 +70,8 @@ def info() -> dict[str, Any]:
     return facts
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The CPU's model as the system calls it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:
@@ -101,4 +109,7 @@ def info_text() -> str:
         for name in facts["cuda_unproven"]:
             lines.append(f"            {name}: never ran on hardware; off unless FASTSPARSE_UNPROVEN=1")
         lines.append(f"threads     {facts['num_threads']}")
+        remembered = f"{facts['formats_measured']} measured choices in {facts['formats_file']}"
+        rule = "by a rule of thumb (FASTSPARSE_CACHE is off)"
+        lines.append(f"formats     {remembered if facts['formats_file'] else rule}")
     return "\n".join(lines)

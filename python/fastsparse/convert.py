@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from fastsparse import _sharing, select
 from fastsparse.nn._packed import FLOATS
+from fastsparse.ops._pack import Rows
 from fastsparse.report import Report
 
 
@@ -59,15 +60,18 @@ class Conversion:
         """What beside shape and dtype decides how long the new layer takes: layers alike in it are decided together."""
         return None
 
-    def build(self, linear: nn.Linear, rows: int | None) -> nn.Module:
-        """The new layer, on the CPU, for a layer on the CPU with finite weights that will see so many rows of x."""
+    def build(self, linear: nn.Linear, rows: Rows) -> nn.Module:
+        """The new layer, on the CPU, for a layer on the CPU with finite weights that will see so many rows of x.
+
+        Where they vary: (fewest, most).
+        """
         raise NotImplementedError  # every conversion says so itself
 
     def batches_wanted(self) -> int:
         """Of how many batches of data the largest |x| of each layer is wanted: `build_for_range` is called then."""
         return 0
 
-    def build_for_range(self, linear: nn.Linear, rows: int | None, largest: float) -> nn.Module:
+    def build_for_range(self, linear: nn.Linear, rows: Rows, largest: float) -> nn.Module:
         """In the place of `build`; `largest` is finite."""
         raise NotImplementedError  # where batches_wanted() is not 0
 
@@ -87,8 +91,11 @@ class _Layer:
     chosen: str | None = None
 
     @property
-    def rows(self) -> int | None:
-        return max((kind.rows for kind in self.seen), default=None)
+    def rows(self) -> Rows:
+        counts = {kind.rows for kind in self.seen}
+        if len(counts) > 1:
+            return min(counts), max(counts)
+        return max(counts, default=None)
 
 
 def convert_(
@@ -96,7 +103,7 @@ def convert_(
     conversions: Sequence[Conversion],
     data: Any = None,
     *,
-    rows: int | None = None,
+    rows: int | tuple[int, int] | None = None,
     measure: select.Measure | None = None,
     where: str = "convert_",
 ) -> Report:
@@ -117,7 +124,7 @@ def convert_(
         conversions: `Int8Dynamic(...)`, `Int8Static(...)`, `Sparse(...)`; one of each kind at most.
         data: a tensor, a tuple or mapping of the model's inputs, or an iterable of these (a DataLoader), of which the
             first is used: its batch size is the one that the choice holds for. `Int8Static` looks at more of them.
-        rows: in the place of data: each layer is timed with so many rows of x.
+        rows: in the place of data: each layer is timed with so many rows of x; (few, many): with both.
         measure: seconds for one `select.Candidate`; the default is the real clock.
         where: the name under which errors are reported.
 
@@ -150,7 +157,10 @@ def convert_(
     elif rows is not None:
         for layer in layers:
             weight = layer.module.weight
-            layer.seen = [select.Seen((rows, layer.module.in_features), weight.dtype, weight.device)]
+            layer.seen = [
+                select.Seen((each, layer.module.in_features), weight.dtype, weight.device)
+                for each in (rows if isinstance(rows, tuple) else (rows,))
+            ]
     wanted = [layer for layer in layers if layer.reason is None]
     for layer in wanted:
         _check_finite(layer, where)
@@ -187,9 +197,14 @@ def _check(model: Any, conversions: Sequence[Any], data: Any, rows: Any, where: 
     unmeasured = [conversion for conversion in conversions if not conversion.measure]
     if unmeasured and len(names) > 1:
         raise ValueError(f"{where}: only measuring can choose between {' and '.join(names)}: measure must be True")
-    if rows is not None and (type(rows) is not int or rows < 1 or data is not None):
+    two = isinstance(rows, tuple) and len(rows) == 2
+    few, many = rows if two else (rows, rows)
+    good = type(few) is int and type(many) is int and 1 <= few <= many
+    if rows is not None and (not good or data is not None):
         got = f"{rows!r}{'' if data is None else ' beside data'}"
-        raise ValueError(f"{where}: rows must be an int of at least 1 in the place of data, got {got}")
+        raise ValueError(
+            f"{where}: rows must be an int of at least 1, or two, (few, many), in the place of data, got {got}"
+        )
     if data is None and rows is None and not unmeasured:
         kind = type(conversions[0]).__name__
         raise ValueError(

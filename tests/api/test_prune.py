@@ -344,10 +344,13 @@ def test_other_arguments() -> None:
         cubic(2, 0.5)
     with pytest.raises(ValueError, match=r"Sparse: min_sparsity must be a number in \[0, 1\], got 3"):
         Sparse(min_sparsity=3)
-    with pytest.raises(ValueError, match="rows must be an int of at least 1 in the place of data, got 0"):
+    with pytest.raises(ValueError, match=r"rows must be an int of at least 1, or two, \(few, many\), .* got 0"):
         to_sparse_(mlp(), rows=0)
-    with pytest.raises(ValueError, match="rows must be an int of at least 1 in the place of data, got 1 beside data"):
+    with pytest.raises(ValueError, match=r"rows must be an int .* in the place of data, got 1 beside data"):
         to_sparse_(mlp(), data=X, rows=1)
+    for rows in ((2, 1), (1,), (1, 2, 3), (0, 1), (1, None)):
+        with pytest.raises(ValueError, match=r"or two, \(few, many\)"):
+            to_sparse_(mlp(), rows=rows)  # type: ignore[arg-type]
     for call in (lambda: prune_(3, Magnitude(0.5)), lambda: finalize_("x"), lambda: to_sparse_([])):
         with pytest.raises(TypeError, match=r"model must be an nn\.Module, got "):
             call()

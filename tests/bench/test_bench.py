@@ -16,7 +16,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench import bars, ceilings, encoder, machine, measure, registry, report, rows, runner  # noqa: E402
+from bench import (  # noqa: E402
+    bars,
+    break_even,
+    ceilings,
+    encoder,
+    machine,
+    measure,
+    registry,
+    report,
+    rows,
+    runner,
+    sparse_bars,
+)
 
 TOY = str(Path(__file__).with_name("toy_family.py"))
 CACHES = {"L1": 32 << 10, "L2": 1 << 20, "L3": 32 << 20}
@@ -436,6 +448,96 @@ def test_ratios_and_bounds() -> None:
     assert held.ceilings["compute"] == "fma_avx2"
 
 
+# ---- sparse_matmul ----
+
+
+def _sparse_grid(scale: float = 1.0) -> list[rows.Row]:
+    """Every point that has a bar, ours as fast as the bar asks times `scale`."""
+    found = []
+    for m, zeros in sparse_bars.POINTS:
+        for k, n in sparse_bars.WEIGHTS:
+            if m == 1:
+                goal = next(
+                    large if (k, n) in sparse_bars.LARGE else small
+                    for z, small, large in sparse_bars.ONE_ROW
+                    if z == zeros
+                )
+            else:
+                goal = sparse_bars.GOALS[m][zeros]
+            shape = {"m": m, "k": k, "n": n, "zeros": zeros}
+            found += [
+                _row("sparse_linear", 1.0, **shape),
+                _row("sparse_linear", goal * scale, "torch fp32", "fp32", **shape),
+                _row("sparse_linear", 3.1 * scale, "torch csr", "bare", **shape),
+            ]
+    return found
+
+
+def _sparse_verdicts(found: list[rows.Row]) -> dict[str, bars.Verdict]:
+    context = bars.Context(found, isa="avx512", cpu_level="avx512", beyond_avx2=True)
+    return {verdict.key: verdict for verdict in bars.judge_all("sparse_matmul", context)}
+
+
+def test_sparse_bars_are_those_of_their_points() -> None:
+    met, missed, near = (_sparse_verdicts(_sparse_grid(scale)) for scale in (1.0, 0.9, 0.96))
+    dense = [key for key in met if key.startswith("sparse-m") and key[8].isdigit() and "DRAM" not in key]
+    assert len(dense) == 29
+    assert {met[key].status for key in (*dense, "sparse-over-csr")} == {bars.MET}
+    assert {missed[key].status for key in (*dense, "sparse-over-csr")} == {bars.MISSED}
+    assert {near[key].status for key in dense} == {bars.NEARLY}
+    assert {met[key].status for key in ("sparse-training", "sparse-int8-m1-z50", "sparse-over-mkl")} == {
+        bars.NOT_MEASURABLE
+    }
+    one = _sparse_grid()
+    next(row for row in one if row.shape["m"] == 64 and row.shape["zeros"] == 80).seconds = {"median": 2.0}
+    assert [key for key, v in _sparse_verdicts(one).items() if v.status == bars.MISSED] == [
+        "sparse-m64-z80",
+        "sparse-over-csr",
+    ]
+
+
+def test_every_sparse_bar_has_its_points_in_the_grid() -> None:
+    cases = registry.load_family("sparse_matmul")
+    shapes = {registry.label(shape) for shape in cases["sparse_linear"].shapes}
+    assert {row.label for row in _sparse_grid()} <= shapes
+    assert len(cases["sparse_linear"].shapes) == len(shapes)
+    wants = {i.name: i.wants for i in cases["sparse_linear"].implementations}
+    for name, m, zeros, wanted in (
+        ("fastsparse held to AVX2", 64, 80, True),
+        ("fastsparse held to AVX2", 16, 80, False),
+        ("fastsparse, two threads", 16, 50, True),
+        ("fastsparse, two threads", 4, 50, False),
+        ("fastsparse bitmap32", 16, 50, True),
+        ("fastsparse bitmap32", 64, 50, False),
+    ):
+        assert wants[name](m=m, k=768, n=768, zeros=zeros) == wanted, name
+    assert not wants["fastsparse bitmap32"](m=1, k=768, n=3072, zeros=50)
+
+
+def test_break_even_lies_between_two_measured_points(tmp_path: Path) -> None:
+    assert break_even.break_even([(30, 0.8), (50, 1.2), (90, 4.0)]) == pytest.approx(40)
+    assert break_even.break_even([(30, 1.1), (50, 2.0)]) == 30
+    assert break_even.break_even([(30, 0.5), (50, 0.9)]) is None
+    assert break_even.break_even([(30, 1.1), (50, 0.9), (70, 1.1)]) == pytest.approx(60)
+    assert break_even.break_even([]) is None
+    cases = registry.load_family("sparse_matmul")
+    found = []
+    for zeros in (30, 50, 80, 90):
+        shape = {"m": 16, "k": 768, "n": 768, "zeros": zeros}
+        found += [
+            _row("sparse_linear", 100.0 - zeros, **shape),
+            _row("sparse_linear", 120.0 - zeros, "fastsparse sell16", "ours", **shape),
+            _row("sparse_linear", 60.0, "torch fp32", "fp32", **shape),
+        ]
+    ((title, header, cells),) = break_even.tables(cases, found)
+    assert "K=768 N=768" in title
+    assert header == ["zeros", "M=16"]
+    assert cells[1] == ["50%", "1.20"]
+    assert break_even.draw(cases, found, "title", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert not break_even.draw(cases, found[:3], "title", tmp_path / "none.png")  # one point is no line
+
+
 # ---- processes ----
 
 
@@ -479,7 +581,7 @@ def test_an_implementation_may_want_more_threads(
         assert row.right
     else:
         assert row.error == "not available: needs 2 cores, this process may use 1"
-    names = [i.name for i, _ in runner._who(toy["toy"], runner.Settings(TOY, threads=2), beyond_avx2=False)]
+    names = [i.name for i, _ in runner._who(toy["toy"], {"m": 1}, runner.Settings(TOY, threads=2), beyond_avx2=False)]
     assert "good" in names
     assert "two threads" not in names
 
@@ -609,7 +711,7 @@ def test_quick_run_of_int8_gemm(tmp_path: Path) -> None:
     assert all(row["seconds"] and row["check"]["ok"] for row in fp32)
     for row in result["rows"]:
         assert row["error"] or row["check"]["ok"] or row["kind"] != "ours"
-    assert {bar["key"] for bar in result["bars"]} == {bar.key for bar in bars.BARS if bar.family == "int8_gemm"}
+    assert {bar["key"] for bar in result["bars"]} == {bar.key for bar in bars.bars_of("int8_gemm")}
     assert {bar["status"] for bar in result["bars"]} <= {bars.MET, bars.MISSED, bars.NOT_MEASURABLE}
     assert path.with_suffix(".md").exists()
     assert not _forbidden(path.read_text() + path.with_suffix(".md").read_text())

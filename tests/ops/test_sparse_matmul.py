@@ -429,7 +429,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str]] = {
     "activation type": (lambda: ops.sparse_linear(X, PACK, None, []), "activation must be None"),
     "out_features": (lambda: ops.sparse_linear(X, PACK, out_features=18), "must be the pack's N=19, got 18"),
     "pack format": (lambda: ops.pack(W, "vnni16"), "pack: format must be 'auto', 'bitmap32'.* got 'vnni16'"),
-    "pack rows": (lambda: ops.pack(W, rows=-1), "rows must be None or at least 0, got -1"),
+    "pack rows": (lambda: ops.pack(W, rows=-1), "rows must be None or at least 0, or two .* got -1"),
     "pack vector": (lambda: ops.pack(W[0], "sell16"), r"weight must be a matrix \[N, K\], got weight\[23\]"),
     "pack layout": (lambda: ops.pack(W.to_sparse_csc()), "weight must be dense or torch.sparse_csr, got layout"),
     "pack dtype": (lambda: ops.pack(W.double()), "weight must be int8, got float64"),

@@ -5,6 +5,7 @@
 
 #include "bitmap32.h"
 #include "nm24.h"
+#include "pair.h"
 #include "panels128.h"
 #include "sell16.h"
 
@@ -23,6 +24,7 @@ std::string header_error(const PackHeader& h, int64_t size, const PackedFormat**
   if (std::memcmp(h.magic, "fspk", 4) != 0)
     return "got bytes that do not begin with \"fspk\"; make one with ops.pack()";
   if (h.format == nm24::kFormat) return "got nm24, which runs on CUDA only";
+  if (h.format == kPair) return "got a pair, which runs on the CPU only";
   const PackedFormat* f = *format = find(h.format);
   if (f == nullptr) return "got format " + text(h.format) + ", expected " + known();
   if (h.version != kVersion)
@@ -59,10 +61,11 @@ std::vector<uint8_t> pack(const PackedFormat& format, const float* weight, int64
   return format.pack({weight, stride_n, stride_k, n, k});
 }
 
-std::string view(const uint8_t* bytes, int64_t size, Pack* out) {
+std::string view(const uint8_t* bytes, int64_t size, Pack* out, int64_t rows) {
   if (size < kPackHeaderBytes) return "got " + text(size) + " bytes, a header alone has 64";
   PackHeader h;
   std::memcpy(&h, bytes, sizeof h);
+  if (h.format == kPair && std::memcmp(h.magic, "fspk", 4) == 0) return view_pair(h, bytes, size, rows, out);
   const PackedFormat* format;
   const std::string error = header_error(h, size, &format);
   return error.empty() ? format->view(h, bytes, size, out) : error;
@@ -83,7 +86,7 @@ std::string validate(const uint8_t* bytes, int64_t size) {
   if (!error.empty()) return error;
   PackHeader h;
   std::memcpy(&h, bytes, sizeof h);
-  return find(h.format)->damage(h, p, bytes);
+  return h.format == kPair ? pair_damage(h, bytes, size) : find(h.format)->damage(h, p, bytes);
 }
 
 void unpack(const Pack& p, float* weight) {

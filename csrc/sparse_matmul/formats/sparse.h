@@ -24,8 +24,9 @@ std::vector<uint8_t> pack(const PackedFormat& format, const float* weight, int64
                           int64_t n, int64_t k);
 
 // Takes a pack apart. Empty if header and size are right; else what is wrong, for "... must be a pack: ". Reads the
-// header, and offset's last element: what it costs is in docs/kernels/sparse_matmul.md.
-std::string view(const uint8_t* bytes, int64_t size, Pack* out);
+// header, and offset's last element: what it costs is in docs/kernels/sparse_matmul.md. Of a pair (formats/pair.h) the
+// pack that serves `rows` rows of x.
+std::string view(const uint8_t* bytes, int64_t size, Pack* out, int64_t rows = 1);
 
 // The same for a bitmap32 pack in the memory of a GPU, whose header was copied to the host; `bytes` is not read.
 std::string view_bitmap32(const PackHeader& header, const uint8_t* bytes, int64_t size, Pack* out);

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastsparse import ops
 from fastsparse.nn._packed import PackedLinear, check_activation, check_size, weight_to_pack, what
+from fastsparse.ops._pack import Rows
 
 _MAX_SIDE = 2**31 - 1
 
@@ -52,13 +53,13 @@ class SparseLinear(PackedLinear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, format: str = "auto", rows: int | None = None, activation: str | None = None
+        cls, linear: nn.Linear, format: str = "auto", rows: Rows = None, activation: str | None = None
     ) -> SparseLinear:
         """Packs a dense layer, exactly as it is; the layer itself stays, and the copy shares no memory with it.
 
         Args:
             linear: on the CPU, float32; what is zero in its weight [N, K] is left out, all else is kept to the bit.
-            format, rows: as for `ops.pack`.
+            format, rows: as for `ops.pack`: "auto" measures, and rows=(few, many) may keep two formats.
             activation: None, "relu", "gelu" or "silu": what follows the layer and shall run inside the kernel.
 
         Returns:

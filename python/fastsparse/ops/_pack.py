@@ -10,12 +10,14 @@ from torch import Tensor
 
 HEADER = struct.Struct("<4sHHIIqqqQ16s")
 FORMATS = {1: "vnni16", 2: "bitmap32", 3: "sell16", 4: "panels128", 5: "nm24", 6: "u4"}
-FORMATS |= {11: "bitmap_s8", 12: "blocks_s8"}
+FORMATS |= {11: "bitmap_s8", 12: "blocks_s8", 13: "pair"}
 DTYPES = {1: "int8", 2: "float32", 3: "float16", 4: "bfloat16", 5: "int4", 6: "uint4"}
-DTYPES_OF = {1: (1,), 2: (2,), 3: (2,), 4: (2,), 5: (3, 4), 6: (5, 6), 11: (1,), 12: (1,)}  # by format
+DTYPES_OF = {1: (1,), 2: (2,), 3: (2,), 4: (2,), 5: (3, 4), 6: (5, 6), 11: (1,), 12: (1,), 13: (2,)}  # by format
 BLOCKS = {1: (16,), 2: (32,), 3: (16,), 4: (128,), 5: (4,), 6: (32, 64, 128), 11: (16,), 12: (260, 1028)}
 BLOCKS_S8 = {260: "blocks1x4", 1028: "blocks4x4"}  # what blocks_s8 is called by its block
+PAIR = 13  # its block is a number of rows, at least 1
 LARGEST_SIDE = 2**31
+Rows = int | tuple[int, int | None] | None  # of x to be expected: many (None), so many, or (few, many)
 
 
 def read_header(pack: Tensor) -> dict[str, Any]:
@@ -34,7 +36,8 @@ def read_header(pack: Tensor) -> dict[str, Any]:
     if version != 1:
         raise ValueError(f"describe: pack has {FORMATS[format_]} version {version}, this build reads version 1")
     sides_fit = 0 <= n < LARGEST_SIDE and 0 <= k < LARGEST_SIDE
-    damaged = dtype not in DTYPES_OF[format_] or block not in BLOCKS[format_] or any(reserved)
+    block_fits = block > 0 if format_ == PAIR else block in BLOCKS[format_]
+    damaged = dtype not in DTYPES_OF[format_] or not block_fits or any(reserved)
     if damaged or not sides_fit or not 0 <= nonzeros <= n * k:
         raise ValueError(
             f"describe: pack has a damaged header: dtype {dtype}, block {block}, N={n}, K={k}, {nonzeros} non-zeros, "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsparse.ops import int8_gemm, sparse_int8, sparse_matmul
-from fastsparse.ops._pack import read_header
+from fastsparse.ops._pack import Rows, read_header
 
 _SPARSE_INT8 = (*sparse_int8.FORMATS, "sparse")
 _INT8 = ("vnni16", "u4", *_SPARSE_INT8)
@@ -17,7 +17,7 @@ _INT8 = ("vnni16", "u4", *_SPARSE_INT8)
 def pack(
     weight: Tensor,
     format: str = "auto",
-    rows: int | None = None,
+    rows: Rows = None,
     *,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
@@ -35,8 +35,10 @@ def pack(
             csrc/sparse_matmul), or "sparse": that of the three which fits the zeros and `rows`. uint8: "u4".
             float32: "bitmap32", "sell16" or "panels128" (csrc/sparse_matmul/formats). float16, bfloat16:
             "nm24" (formats/nm24.h there). "auto": vnni16, u4 (uint8), nm24, or what was measured to be the fastest for
-            the density and `rows`.
-        rows: rows of x to be expected; None: many. Every format serves any number, at its own speed.
+            the weight's size, density and `rows` (float32: measured on this machine, some milliseconds, and remembered:
+            docs/kernels/sparse_matmul.md, "auto"; FASTSPARSE_CACHE=off takes a rule of thumb).
+        rows: rows of x to be expected; None: many. Every format serves any number, at its own speed. (few, many), for
+            float32 and "auto": two formats may be kept in one pack, "pair", and each call takes the one for its rows.
         scale: u4: float16 [N, ceil(K / group_size)]. zero_point: u4 of uint8 codes: uint8 of the same shape.
         group_size: u4: 32, 64 or 128.
 
@@ -57,8 +59,7 @@ def pack(
         names = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
         of = f" for {str(weight.dtype).removeprefix('torch.')}" if sparse or half or nibbles else ""
         raise ValueError(f"pack: format must be {names}{of}, got {format!r}")
-    if rows is not None and rows < 0:
-        raise ValueError(f"pack: rows must be None or at least 0, got {rows}")
+    check_rows(rows)
     if format == "u4" or nibbles:
         return int8_gemm.pack_u4(weight, scale, zero_point, group_size)
     for name, value in (("scale", scale), ("zero_point", zero_point), ("group_size", group_size)):
@@ -67,8 +68,19 @@ def pack(
     if half:
         return sparse_matmul.pack_nm24(weight)
     if format in _SPARSE_INT8:
-        return sparse_int8.pack_sparse_int8(weight, format, rows)
+        return sparse_int8.pack_sparse_int8(weight, format, rows[1] if isinstance(rows, tuple) else rows)
     return sparse_matmul.pack_float(weight, format, rows) if sparse else int8_gemm.pack_int8(weight)
+
+
+def check_rows(rows: Any) -> None:
+    """Raises ValueError for what `pack` does not take as rows."""
+    two = isinstance(rows, tuple)
+    numbers = rows if two else (rows,)
+    good = all(each is None or (type(each) is int and each >= 0) for each in numbers)
+    if two and good:
+        good = len(rows) == 2 and rows[0] is not None and (rows[1] is None or rows[0] <= rows[1])
+    if not good:
+        raise ValueError(f"pack: rows must be None or at least 0, or two of these, (few, many), got {rows!r}")
 
 
 def unpack(pack: Tensor) -> Tensor:
@@ -89,6 +101,8 @@ def unpack(pack: Tensor) -> Tensor:
 def repack(packed: Tensor) -> Tensor:
     """The pack of what a pack holds: there is one way to pack a weight, so its bytes are those of a whole pack."""
     header = describe(packed)
+    if header["format"] == "pair":
+        return sparse_matmul.repack_pair(packed, header)
     if header["format"] != "u4":
         return pack(unpack(packed), header["format"])
     scale, zero_point = int8_gemm.unpack_scales(packed)
@@ -96,7 +110,8 @@ def repack(packed: Tensor) -> Tensor:
 
 
 def describe(pack: Tensor) -> dict[str, Any]:
-    """What a pack holds: format, version, dtype, n, k, block, nonzeros, bytes.
+    """What a pack holds: format, version, dtype, n, k, block, nonzeros, bytes; of a pair also `formats`, and `block` is
+    the most rows of x that the first of them serves.
 
     Reads and checks the header, and of a sparse float32 pack everything but the values (every index is in range), of an
     nm24, u4 or sparse int8 pack every byte. Of u4, `block` is the group size and dtype "int4" (symmetric) or "uint4"

@@ -6,12 +6,15 @@ the float64 oracle fastsparse.reference.sparse_matmul.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsparse.ops._pack import HEADER, read_header
+from fastsparse.ops import _auto
+from fastsparse.ops._pack import FORMATS as NAMES
+from fastsparse.ops._pack import HEADER, PAIR, Rows, read_header
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 
 FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4}
@@ -21,6 +24,7 @@ MAX_SELL_K = 65536  # kMaxSellK in csrc/sparse_matmul/sparse_matmul.h
 SELL_ROWS = 2
 BITMAP_ROWS = 4
 BITMAP_DENSITY = 0.4
+PAIR_WEIGHTS_PER_BYTE = 64  # kPairWeightsPerByte in csrc/sparse_matmul/formats/pair.h
 
 _sparse_linear = torch.ops.fastsparse.sparse_linear.default
 _sparse_linear_train = torch.ops.fastsparse.sparse_linear_train.default
@@ -82,7 +86,8 @@ def sparse_linear(
 
 
 def choose_format(density: float, k: int, rows: int | None) -> str:
-    """What "auto" means: by the rows of x to be expected (None: many) and the part of the weights that is not zero."""
+    """What "auto" means where nothing is measured (`_auto`): by the rows of x to be expected (None: many) and the part
+    of the weights that is not zero."""
     if rows is None or rows > BITMAP_ROWS:
         return "panels128"
     if density >= BITMAP_DENSITY:
@@ -92,8 +97,8 @@ def choose_format(density: float, k: int, rows: int | None) -> str:
     return "sell16" if k <= MAX_SELL_K else "bitmap32"
 
 
-def pack_float(weight: Tensor, format: str, rows: int | None) -> Tensor:
-    """`ops.pack` for float32 weights, dense or torch.sparse_csr."""
+def pack_float(weight: Tensor, format: str, rows: Rows) -> Tensor:
+    """`ops.pack` for float32 weights, dense or torch.sparse_csr; `rows` has been checked."""
     if weight.layout == torch.sparse_csr:
         weight = weight.to_dense()
     elif weight.layout != torch.strided:
@@ -103,8 +108,43 @@ def pack_float(weight: Tensor, format: str, rows: int | None) -> Tensor:
     weight = weight.detach()
     if format == "auto":
         density = int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
-        format = choose_format(density, weight.shape[1], rows)
+        rule = functools.partial(choose_format, density, weight.shape[1])
+        whole = _auto.Weight(weight, density, _pack_as, rule)
+        if isinstance(rows, tuple):
+            return _pack_two(weight, *_auto.choose_two(whole, *rows))
+        format = _auto.choose(whole, rows)
+    return _pack_as(weight, format)
+
+
+def _pack_as(weight: Tensor, format: str) -> Tensor:
     return _sparse_pack(weight, FORMATS[format])
+
+
+def _pack_two(weight: Tensor, first: str, second: str, rows: int) -> Tensor:
+    """A pair (csrc/sparse_matmul/formats/pair.h): up to so many rows the first format serves, beyond the second."""
+    many = _pack_as(weight, second)
+    if first == second:
+        return many
+    few = _pack_as(weight, first)
+    n, k = weight.shape
+    size = HEADER.size + few.numel() + many.numel()
+    if n * k > PAIR_WEIGHTS_PER_BYTE * size:
+        return many
+    nonzeros = read_header(many)["nonzeros"]
+    header = HEADER.pack(b"fspk", PAIR, 1, 2, rows, n, k, nonzeros, size, bytes(16))
+    return torch.cat([torch.frombuffer(bytearray(header), dtype=torch.uint8), few, many])
+
+
+def halves(pack: Tensor) -> tuple[Tensor, Tensor]:
+    """The two packs of a pair that has been validated."""
+    first = read_header(pack[HEADER.size :])["bytes"]
+    return pack[HEADER.size : HEADER.size + first], pack[HEADER.size + first :]
+
+
+def repack_pair(pack: Tensor, header: dict[str, Any]) -> Tensor:
+    """The pair of what a validated pair holds."""
+    first, second = header["formats"]
+    return _pack_two(unpack_float(pack, header), first, second, header["block"])
 
 
 def pack_nm24(weight: Tensor) -> Tensor:
@@ -131,6 +171,8 @@ def describe_float(pack: Tensor, header: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         what = str(error).removeprefix("nm24_validate: " if nm24 else "sparse_validate: ")
         raise ValueError(f"describe: {what}") from None
+    if header["format"] == NAMES[PAIR]:
+        header["formats"] = tuple(read_header(half)["format"] for half in halves(pack))
     return header
 
 

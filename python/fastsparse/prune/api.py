@@ -99,7 +99,7 @@ def to_sparse_(
     config: Sparse | None = None,
     data: Any = None,
     *,
-    rows: int | None = None,
+    rows: int | tuple[int, int] | None = None,
     measure: select.Measure | None = None,
 ) -> Report:
     """Converts `nn.Linear` layers with many zeros to `nn.SparseLinear`, in place, where that was measured to be faster.
@@ -111,7 +111,8 @@ def to_sparse_(
         model: any module.
         config: `Sparse(...)`; the default is `Sparse()`.
         data: a batch of the model's inputs, as for `quantize_`: the choice holds for its size.
-        rows: in the place of data, the rows of x that each layer is timed with; with neither, 1.
+        rows: in the place of data, the rows of x that each layer is timed with, or two numbers of them, (few, many);
+            with neither, 1.
         measure: seconds for one `select.Candidate`; the default is the real clock.
 
     Returns:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastsparse.convert import Conversion
 from fastsparse.nn import SparseLinear
+from fastsparse.ops._pack import Rows
 
 
 def check_fraction(where: str, name: str, value: object) -> None:
@@ -80,5 +81,5 @@ class Sparse(Conversion):
     def kind(self, linear: nn.Linear) -> Hashable:
         return round(100 * _zeros(linear.weight))  # per cent
 
-    def build(self, linear: nn.Linear, rows: int | None) -> nn.Module:
+    def build(self, linear: nn.Linear, rows: Rows) -> nn.Module:
         return SparseLinear.from_linear(linear, self.format, rows)

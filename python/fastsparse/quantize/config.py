@@ -12,6 +12,7 @@ from fastsparse.convert import Conversion
 from fastsparse.nn import Int8Linear, WeightOnlyLinear
 from fastsparse.nn.int8_linear import MAX_K
 from fastsparse.nn.weight_only_linear import DEFAULT_GROUP_SIZE
+from fastsparse.ops._pack import Rows
 from fastsparse.ops.int8_gemm import GROUP_SIZES
 
 
@@ -34,7 +35,7 @@ class Int8Dynamic(Conversion):
     def why_not(self, linear: nn.Linear) -> str | None:
         return _too_wide(linear)
 
-    def build(self, linear: nn.Linear, rows: int | None) -> nn.Module:
+    def build(self, linear: nn.Linear, rows: Rows) -> nn.Module:
         return Int8Linear.from_linear(linear)
 
 
@@ -66,7 +67,7 @@ class Int8Static(Conversion):
     def batches_wanted(self) -> int:
         return self.batches
 
-    def build_for_range(self, linear: nn.Linear, rows: int | None, largest: float) -> nn.Module:
+    def build_for_range(self, linear: nn.Linear, rows: Rows, largest: float) -> nn.Module:
         scale = max(largest / 127, torch.finfo(torch.float32).tiny) if largest > 0 else 1.0
         return Int8Linear.from_linear(linear, x_scale=scale)
 
@@ -84,7 +85,7 @@ class Int8WeightOnly(Conversion):
     def why_not(self, linear: nn.Linear) -> str | None:
         return _too_wide(linear)
 
-    def build(self, linear: nn.Linear, rows: int | None) -> nn.Module:
+    def build(self, linear: nn.Linear, rows: Rows) -> nn.Module:
         return WeightOnlyLinear.from_linear(linear, 8)
 
 
@@ -117,5 +118,5 @@ class Int4WeightOnly(Conversion):
             return "its weights need scales beyond the 65504 of float16"
         return None
 
-    def build(self, linear: nn.Linear, rows: int | None) -> nn.Module:
+    def build(self, linear: nn.Linear, rows: Rows) -> nn.Module:
         return WeightOnlyLinear.from_linear(linear, 4, self.group_size, symmetric=self.symmetric)

@@ -1,0 +1,277 @@
+"""How `pack(format="auto")` chooses for float32 weights: by measurement, remembered per machine.
+
+What was measured lies in formats.json in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, /fastsparse), or in the
+folder that FASTSPARSE_CACHE names; FASTSPARSE_CACHE=0 or off measures nothing, and a rule of thumb decides. A file that
+is damaged or can't be written costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = "FASTSPARSE_CACHE"
+OFF = ("0", "off")
+FILE = "formats.json"
+SCHEMA = 1
+
+# Rows of x that are measured; others count as the next of these, more (and None) as the last.
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)
+LEAST_WEIGHTS = 4096  # a smaller weight is all overhead, whatever its format
+SAMPLE_WEIGHTS = 1 << 19
+# In a model a layer finds its weights where the others left them. So copies go round, as much as no L2 holds; of a
+# sample as much as the whole would be, up to what no common L3 holds.
+SET_BYTES, LARGEST_SET = 8 << 20, 64 << 20
+ROUNDS, ROUND_SECONDS = 3, 1e-3
+HOPELESS = 1.5  # what is this much slower than the fastest is not timed again
+
+Seconds = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What is to be packed, and how: f32[N, K], and the part of it that is not zero."""
+
+    dense: Tensor
+    density: float
+    pack: Callable[[Tensor, str], Tensor]  # (weight, format): the pack
+    rule: Callable[[int | None], str]  # the format for these rows where nothing can be measured
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A format worth timing, and where: up to so many rows of x, for (weight, density)."""
+
+    format: str
+    most_rows: int = ROWS[-1]
+    fits: Callable[[Tensor, float], bool] = lambda weight, density: True
+
+
+# A new format is a line here. What cannot win is left out, so that it costs no time.
+CANDIDATES = (
+    Candidate("bitmap32", most_rows=16),
+    Candidate("sell16", most_rows=16, fits=lambda weight, density: weight.shape[1] <= 65536 and density <= 0.6),
+    Candidate("panels128"),
+)
+
+
+def choose(weight: Weight, rows: int | None) -> str:
+    """The format for so many rows of x."""
+    at = ROWS[_place(rows)]
+    dense, density = weight.dense, weight.density
+    candidates = [c for c in CANDIDATES if at <= c.most_rows and c.fits(dense, density)]
+    seconds = _seconds(weight, at, [c.format for c in candidates])
+    return weight.rule(rows) if seconds is None else min(seconds, key=lambda name: seconds[name])
+
+
+def choose_two(weight: Weight, few: int, many: int | None) -> tuple[str, str, int]:
+    """The formats for few and for many rows, and the rows up to which the first is the faster one."""
+    first, second = choose(weight, few), choose(weight, many)
+    low, high = _place(few), _place(many)
+    if first == second:
+        return first, second, ROWS[low]
+    while high - low > 1:
+        middle = (low + high) // 2
+        seconds = _seconds(weight, ROWS[middle], [first, second])
+        wins = weight.rule(ROWS[middle]) == first if seconds is None else seconds[first] <= seconds[second]
+        low, high = (middle, high) if wins else (low, middle)
+    return first, second, ROWS[low]
+
+
+def _place(rows: int | None) -> int:
+    return next((i for i, measured in enumerate(ROWS) if rows is not None and rows <= measured), len(ROWS) - 1)
+
+
+def _seconds(weight: Weight, rows: int, formats: Sequence[str]) -> Seconds | None:
+    """What a call takes by format: remembered, or measured and remembered; None where the rule decides."""
+    dense = weight.dense
+    plain = type(dense) is Tensor and dense.device.type == "cpu" and dense.layout == torch.strided
+    if not plain or dense.numel() < LEAST_WEIGHTS or not formats or torch.compiler.is_compiling() or off():
+        return None
+    if len(formats) == 1:
+        return {formats[0]: 1.0}
+    key = _key(weight, rows, formats)
+    if key is None:
+        return None
+    with _lock:
+        known = _recall(key, formats)
+        if known is None:
+            known = measure(weight, rows, formats)
+            _remember(key, known)
+    return known
+
+
+# ---- measuring ----
+
+
+def measure(weight: Weight, rows: int, formats: Sequence[str]) -> Seconds:
+    """Seconds of a call, the least of a few phases: what other processes take only adds."""
+    sample = _sample(weight.dense)
+    whole = weight.dense.numel() / sample.numel()
+    x = torch.randn(
+        rows, sample.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    )
+    linear, n = torch.ops.fastsparse.sparse_linear.default, sample.shape[0]
+    packs: dict[str, list[Tensor]] = {}
+    for format in formats:
+        pack = weight.pack(sample, format)
+        size = max(SET_BYTES, min(LARGEST_SET, int(pack.numel() * whole)))
+        packs[format] = [pack] + [pack.clone() for _ in range(min(size // pack.numel(), 63))]
+    found = dict.fromkeys(packs, math.inf)
+    for _ in range(ROUNDS):
+        best = min(found.values())
+        for name, copies in packs.items():
+            if math.isfinite(best) and found[name] > HOPELESS * best:
+                continue
+            for pack in copies:
+                linear(x, pack, n)
+            begin, passes = time.perf_counter(), 0
+            while True:
+                for pack in copies:
+                    linear(x, pack, n)
+                passes += 1
+                spent = time.perf_counter() - begin
+                if spent >= ROUND_SECONDS:
+                    break
+            found[name] = min(found[name], spent / passes / len(copies))
+    return found
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """All of it, or chunks of 256 outputs from end to end."""
+    n, k = weight.shape
+    chunks = max(1, SAMPLE_WEIGHTS // (256 * k))
+    if weight.numel() <= SAMPLE_WEIGHTS or n <= 256 * chunks:
+        return weight
+    starts = torch.linspace(0, n - 256, chunks, device="cpu").long().tolist()
+    return torch.cat([weight[start : start + 256] for start in starts])
+
+
+# ---- remembering ----
+
+_lock = threading.RLock()
+_memory: dict[Path | None, dict[str, Seconds]] = {}  # by file
+
+
+def off() -> bool:
+    return os.environ.get(FOLDER, "").strip().lower() in OFF
+
+
+def file() -> Path | None:
+    """Where choices are remembered beyond this process; None: nowhere."""
+    if off():
+        return None
+    named = os.environ.get(FOLDER, "").strip()
+    if named:
+        return Path(named) / FILE
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        return (Path(base) if base else Path.home() / ".cache") / "fastsparse" / FILE
+    return None
+
+
+def remembered() -> int:
+    """How many choices the file holds."""
+    return len(_read(file()))
+
+
+def _key(weight: Weight, rows: int, formats: Sequence[str]) -> str | None:
+    from fastsparse import _C
+
+    try:
+        level = _C.isa()
+    except ValueError:  # FASTSPARSE_ISA names a level that is not here: the first call will say so
+        return None
+    # Densities within a fifth of each other are alike.
+    bucket = round(4 * math.log2(weight.density)) if weight.density > 0 else "none"
+    facts = {
+        "cpu": _cpu(),
+        "isa": level,
+        "threads": torch.get_num_threads(),
+        "version": _version(),
+        "n": weight.dense.shape[0],
+        "k": weight.dense.shape[1],
+        "density": bucket,
+        "rows": rows,
+        "formats": " ".join(formats),
+    }
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+@functools.lru_cache(maxsize=1)
+def _cpu() -> str:
+    from fastsparse import _info
+
+    return _info.cpu_name()
+
+
+@functools.lru_cache(maxsize=1)
+def _version() -> str:
+    import fastsparse
+
+    return str(fastsparse.__version__)
+
+
+def _recall(key: str, names: Sequence[str]) -> Seconds | None:
+    path = file()
+    if path not in _memory:
+        _memory[path] = _read(path)
+    found = _memory[path].get(key)
+    return found if found is not None and set(found) == set(names) else None
+
+
+def _remember(key: str, seconds: Seconds) -> None:
+    """In memory, and in the file as whole: others may write it at the same time, and the last one wins."""
+    path = file()
+    _memory.setdefault(path, {})[key] = seconds
+    if path is None:
+        return
+    with contextlib.suppress(OSError):
+        merged = {**_read(path), **_memory[path]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _whole(path) as temporary:
+            temporary.write_text(json.dumps({"schema": SCHEMA, "seconds": merged}, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place at the end, or is gone."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path | None) -> dict[str, Seconds]:
+    """What the file holds and makes sense; nothing where it can't be read."""
+    if path is None:
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        entries = content["seconds"].items() if content["schema"] == SCHEMA else ()
+        return {key: found for key, value in entries if (found := _sound(value)) is not None}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _sound(value: object) -> Seconds | None:
+    numbers = isinstance(value, dict) and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < math.inf for v in value.values()
+    )
+    return value if numbers else None  # type: ignore[return-value]

@@ -1,0 +1,401 @@
+"""sparse_matmul: how "auto" chooses and remembers, and the pack of two formats. No verdict depends on timing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fastsparse
+from fastsparse import _C, ops
+from fastsparse.convert import convert_
+from fastsparse.nn import SparseLinear
+from fastsparse.ops import _auto, _packs, sparse_matmul
+from fastsparse.prune import Sparse, to_sparse_
+from tests.support import forced, guarded, isa_levels, same_bits, threads
+
+HEADER = struct.Struct("<4sHHIIqqqQ16s")
+SELL = next(name for name in sparse_matmul.FORMATS if name.startswith("sell"))
+ALL = _auto.CANDIDATES
+TWO = [(SELL, "panels128"), ("bitmap32", "panels128"), ("panels128", SELL)]
+
+
+def sparse(n: int, k: int, zeros: float = 0.9) -> Tensor:
+    return torch.randn(n, k) * (torch.rand(n, k) >= zeros)
+
+
+def pair(w: Tensor, first: str = SELL, second: str = "panels128", rows: int = 2) -> Tensor:
+    return sparse_matmul._pack_two(w, first, second, rows)
+
+
+class Timings:
+    """In the place of the clock: seconds by (format, rows), and what was asked for."""
+
+    def __init__(self, seconds: Callable[[str, int], float]) -> None:
+        self.seconds, self.asked = seconds, []  # type: ignore[var-annotated]
+
+    def __call__(self, weight: _auto.Weight, rows: int, formats: Sequence[str]) -> dict[str, float]:
+        self.asked.append((rows, list(formats)))
+        return {format: self.seconds(format, rows) for format in formats}
+
+
+@pytest.fixture(autouse=True)
+def _candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of them, whatever else is there: what is asked for stays countable."""
+    known = ("bitmap32", SELL, "panels128")
+    monkeypatch.setattr(_auto, "CANDIDATES", tuple(c for c in _auto.CANDIDATES if c.format in known))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder; what is known is forgotten before and after."""
+    monkeypatch.setattr(_auto, "_memory", {})
+    monkeypatch.setenv(_auto.FOLDER, str(tmp_path / "cache"))
+    return tmp_path / "cache" / _auto.FILE
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str, int], float]) -> Timings:
+    timings = Timings(seconds)
+    monkeypatch.setattr(_auto, "measure", timings)
+    return timings
+
+
+def fastest(name: str) -> Callable[[str, int], float]:
+    return lambda format, rows: 1.0 if format == name else 2.0
+
+
+# --- The choice -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bitmap32", SELL, "panels128"])
+def test_the_fastest_is_taken_and_remembered(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings, w = clock(monkeypatch, fastest(name)), sparse(64, 100)
+    for _ in range(2):
+        assert ops.describe(ops.pack(w, rows=3))["format"] == name
+    assert timings.asked == [(3, ["bitmap32", SELL, "panels128"])]
+    monkeypatch.setattr(_auto, "_memory", {})  # as a new process
+    assert ops.describe(ops.pack(w, rows=3))["format"] == name
+    assert len(timings.asked) == 1
+    ((key, seconds),) = json.loads(cache.read_text())["seconds"].items()
+    assert seconds[name] == 1.0
+    for fact in (
+        f"isa {_C.isa()}",
+        f"threads {torch.get_num_threads()}",
+        fastsparse.__version__,
+        "n 64, k 100",
+        "rows 3",
+    ):
+        assert fact in key
+    assert [file.name for file in cache.parent.iterdir()] == [_auto.FILE]  # nothing beside it
+
+
+def test_what_was_measured_holds_for_its_like_alone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = clock(monkeypatch, fastest(SELL))
+    ops.pack(sparse(64, 100), rows=1)
+    ops.pack(sparse(64, 100), rows=1)  # other values, density alike
+    assert len(timings.asked) == 1
+    ops.pack(sparse(64, 101), rows=1)
+    ops.pack(sparse(64, 100), rows=2)
+    ops.pack(sparse(64, 100, 0.5), rows=1)
+    with threads(2 if torch.get_num_threads() == 1 else 1):
+        ops.pack(sparse(64, 100), rows=1)
+    with forced("scalar", "sparse_matmul"):
+        ops.pack(sparse(64, 100), rows=1)
+    assert len(timings.asked) == 6
+    assert _auto.remembered() == 6
+
+
+def test_what_cannot_win_is_not_timed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = clock(monkeypatch, fastest("bitmap32"))
+    for rows in (17, 128, 1000, None):
+        assert ops.describe(ops.pack(sparse(64, 100), rows=rows))["format"] == "panels128"  # nothing else is left
+    assert timings.asked == []
+    ops.pack(sparse(64, 100, 0.2), rows=1)  # too dense for the second, then too wide
+    ops.pack(sparse(1, 65537, 0.9), rows=1)
+    ops.pack(sparse(64, 100, 1.0), rows=5)
+    two = ["bitmap32", "panels128"]
+    assert timings.asked == [(1, two), (1, two), (6, ["bitmap32", SELL, "panels128"])]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"schema": 1}', '{"schema": 2, "seconds": {}}', '{"schema": 1, "seconds": [1]}', "\xff"],
+)
+def test_a_damaged_file_is_written_anew(content: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.parent.mkdir()
+    cache.write_text(content, encoding="latin-1")
+    clock(monkeypatch, fastest(SELL))
+    assert ops.describe(ops.pack(sparse(64, 100), rows=1))["format"] == SELL
+    assert _auto.remembered() == 1
+
+
+@pytest.mark.parametrize("value", [3, [], {SELL: "fast"}, {SELL: 1}, {SELL: -1, "bitmap32": 1}, {"x": 1}])
+def test_a_damaged_entry_is_measured_anew(value: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings, w = clock(monkeypatch, fastest("bitmap32")), sparse(64, 100)
+    ops.pack(w, rows=1)
+    content = json.loads(cache.read_text())
+    content["seconds"] = dict.fromkeys(content["seconds"], value)
+    cache.write_text(json.dumps(content))
+    monkeypatch.setattr(_auto, "_memory", {})
+    assert ops.describe(ops.pack(w, rows=1))["format"] == "bitmap32"
+    assert len(timings.asked) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(_auto.FOLDER, str(tmp_path / "file"))
+    timings = clock(monkeypatch, fastest("bitmap32"))
+    for _ in range(2):  # remembered in this process all the same
+        assert ops.describe(ops.pack(sparse(64, 100), rows=1))["format"] == "bitmap32"
+    assert len(timings.asked) == 1
+
+
+def test_the_rule_decides_where_nothing_is_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = clock(monkeypatch, fastest("bitmap32"))
+    assert ops.describe(ops.pack(sparse(8, 10), rows=1))["format"] == SELL  # too small to matter
+    for value in ("off", "0", " OFF "):
+        monkeypatch.setenv(_auto.FOLDER, value)
+        assert ops.describe(ops.pack(sparse(64, 100), rows=1))["format"] == SELL
+        assert ops.describe(ops.pack(sparse(64, 100), rows=(1, 64)))["formats"] == (SELL, "panels128")
+        assert _auto.file() is None
+    assert timings.asked == []
+    assert not cache.parent.exists()
+
+
+def test_where_the_file_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(_auto.FOLDER, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _auto.file() == tmp_path / "fastsparse" / _auto.FILE
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _auto.file() == tmp_path / ".cache" / "fastsparse" / _auto.FILE
+    assert fastsparse.info()["formats_file"] == str(_auto.file())
+
+
+def test_the_clock_measures_all_candidates_of_a_sample(cache: Path) -> None:
+    before = torch.random.get_rng_state()
+    w = sparse(2048, 512, 0.8)  # twice the sample
+    assert _auto._sample(w).shape == (1024, 512)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):  # whatever the defaults are
+            pack = ops.pack(w, rows=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ops.describe(pack)["format"] in ("bitmap32", SELL, "panels128")
+    ((seconds,),) = [json.loads(cache.read_text())["seconds"].values()]
+    assert set(seconds) == {"bitmap32", SELL, "panels128"}
+    assert all(0 < value < 1 for value in seconds.values())
+    torch.random.set_rng_state(before)
+    assert torch.equal(sparse(2048, 512, 0.8), w)  # torch's random state is left alone
+    assert same_bits(ops.unpack(pack), w + 0.0)
+
+
+def test_every_candidate_is_a_format() -> None:
+    w = torch.zeros(1, 4)
+    assert all(ops.describe(sparse_matmul._pack_as(w, c.format))["format"] == c.format for c in ALL)
+    assert sorted(_auto.ROWS) == list(_auto.ROWS)
+    for rows in _auto.ROWS:  # at density 1 and any K something is left
+        assert any(rows <= c.most_rows and c.fits(torch.zeros(1, 70000), 1.0) for c in ALL)
+
+
+# --- Two formats in one pack ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [1, 2, 4, 6, 12])
+def test_the_rows_where_they_change_are_found(last: int, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = clock(monkeypatch, lambda format, rows: 1.0 if (format == "bitmap32") == (rows <= last) else 2.0)
+    header = ops.describe(ops.pack(sparse(64, 100), rows=(1, None)))
+    assert (header["format"], header["formats"], header["block"]) == ("pair", ("bitmap32", "panels128"), last)
+    assert len(timings.asked) <= 1 + math.ceil(math.log2(len(_auto.ROWS)))
+    assert ops.describe(ops.pack(sparse(64, 100), rows=(1, 1)))["format"] == "bitmap32"
+    assert ops.describe(ops.pack(sparse(64, 100), rows=(32, 64)))["format"] == "panels128"
+
+
+def test_a_pair_is_as_documented_and_back() -> None:
+    for n, k in ((1, 1), (19, 23), (300, 130), (0, 4), (4, 0)):
+        w = sparse(n, k, 0.8)
+        got = pair(w, rows=7)
+        few, many = ops.pack(w, SELL), ops.pack(w, "panels128")
+        nonzeros, size = int(w.count_nonzero()), 64 + few.numel() + many.numel()
+        header = HEADER.pack(b"fspk", 13, 1, 2, 7, n, k, nonzeros, size, bytes(16))
+        assert got.numpy().tobytes() == header + few.numpy().tobytes() + many.numpy().tobytes()
+        assert same_bits(ops.unpack(got), w + 0.0)
+        assert torch.equal(_packs.repack(got), got)
+        described = ops.describe(got)
+        assert (described["n"], described["k"], described["nonzeros"], described["bytes"]) == (n, k, nonzeros, size)
+        assert described["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(("first", "second"), TWO)
+def test_a_pair_gives_the_bits_of_any_format(first: str, second: str) -> None:
+    w, x, bias = sparse(270, 139), torch.randn(9, 139), torch.randn(270)
+    packed, single = pair(w, first, second, 2), ops.pack(w, "panels128")
+    for isa in isa_levels():
+        with forced(isa, "sparse_matmul"):
+            for m in (0, 1, 2, 3, 9):
+                assert same_bits(
+                    ops.sparse_linear(x[:m], packed, bias, "gelu"), ops.sparse_linear(x[:m], single, bias, "gelu")
+                )
+    assert same_bits(ops.sparse_linear(x.view(3, 3, 139), packed), ops.sparse_linear(x, single).view(3, 3, 270))
+
+
+def test_each_half_serves_its_rows() -> None:
+    w = sparse(40, 50)
+    packed, x = pair(w, SELL, "panels128", 2).clone(), torch.randn(3, 50)
+    right = ops.sparse_linear(x, packed)
+    value = w[w != 0][7]
+    at = packed.numpy().tobytes().index(struct.pack("<f", float(value)))  # in the first half
+    packed[at + 2] ^= 1
+    assert not same_bits(ops.sparse_linear(x[:2], packed), right[:2])
+    assert same_bits(ops.sparse_linear(x, packed), right)
+
+
+def test_a_weight_too_empty_for_a_pair_gets_one_format() -> None:
+    w = torch.zeros(16, 65536)
+    w[3, 5] = 1
+    assert ops.describe(pair(w, SELL, "panels128"))["format"] == "pair"  # panels128 has 1/64 of a byte a weight
+    assert ops.describe(sparse_matmul._pack_two(w, SELL, SELL, 1))["format"] == SELL
+
+
+def test_gradients_of_a_pair() -> None:
+    w = sparse(19, 23)
+    grads = []
+    for weight in (pair(w), ops.pack(w, "panels128")):
+        x = torch.linspace(-1, 1, 69).view(3, 23).requires_grad_()
+        ops.sparse_linear(x, weight).square().sum().backward()
+        grads.append(x.grad)
+    assert same_bits(*grads)  # type: ignore[arg-type]
+
+
+def test_rows_are_checked() -> None:
+    w = sparse(4, 4)
+    for rows in ((1,), (None, 4), (4, 1), (-1, 4), (1, 2, 3), 1.5, (1.0, 2), True):
+        with pytest.raises(ValueError, match="pack: rows must be None or at least 0, or two of these"):
+            ops.pack(w, rows=rows)  # type: ignore[arg-type]
+    ops.pack(w.to(torch.int8), rows=(1, 64))  # one format serves all there
+    assert ops.describe(ops.pack(w.to(torch.int8), "sparse", (1, 64)))["format"].startswith("blocks")
+    assert ops.describe(ops.pack(w, SELL, (1, 64)))["format"] == SELL
+
+
+def test_layers_keep_two_formats(tmp_path: Path) -> None:
+    linear = nn.Linear(100, 64)
+    with torch.no_grad():
+        linear.weight.copy_(sparse(64, 100))
+    layer = SparseLinear.from_linear(linear, rows=(1, 64))
+    assert ops.describe(layer.weight)["formats"] == (SELL, "panels128")
+    x = torch.randn(5, 100)
+    assert same_bits(layer(x), SparseLinear.from_linear(linear)(x))
+    fastsparse.save(nn.Sequential(layer), tmp_path / "two.safetensors")
+    back = fastsparse.load(tmp_path / "two.safetensors", nn.Sequential(nn.Linear(100, 64)))
+    assert torch.equal(back[0].weight, layer.weight)
+    for convert in (
+        lambda model: to_sparse_(model, rows=(1, 64), measure=lambda c: 2.0 if c.implementation == "dense" else 1.0),
+        lambda model: convert_(
+            model, [Sparse()], rows=(1, 64), measure=lambda c: 2.0 if c.implementation == "dense" else 1.0
+        ),
+        lambda model: to_sparse_(model, Sparse(measure=False), rows=(1, 64)),
+    ):
+        model = nn.Sequential(linear)
+        report = convert(model)
+        assert "M=1,64" in str(report)
+        assert torch.equal(model[0].weight, layer.weight)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) + self.linear(x[:1])
+
+    twice = Twice()
+    to_sparse_(twice, data=torch.randn(64, 100), measure=lambda c: 2.0 if c.implementation == "dense" else 1.0)
+    assert torch.equal(twice.linear.weight, layer.weight)  # one row and 64 were seen
+
+
+# --- Damage -----------------------------------------------------------------------------------------------------------
+
+
+def refused_or_harmless(pack: Tensor, k: int) -> None:
+    """On guarded memory, where an access outside is a crash."""
+    weight = guarded(pack)
+    for isa in isa_levels():
+        for m in (1, 5):
+            with forced(isa, "sparse_matmul"), contextlib.suppress(ValueError):
+                ops.sparse_linear(guarded(torch.randn(m, k)), weight)
+    with contextlib.suppress(ValueError):
+        ops.unpack(weight)
+
+
+@given(data=st.data())
+def test_damaged_pairs_never_read_outside(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 100)))
+    n, k = data.draw(st.sampled_from([(3, 5), (40, 140)]))
+    pack = pair(sparse(n, k, 0.7), *data.draw(st.sampled_from(TWO))).clone()
+    second = 64 + sum(int(b) << (8 * i) for i, b in enumerate(pack[112:120].tolist()))
+    headers = st.integers(0, 191) | st.integers(second, second + 63)
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(headers | st.integers(0, pack.numel() - 1))
+        pack[at] = data.draw(st.integers(0, 255) | st.just(255))
+    refused_or_harmless(pack, k)
+
+
+def test_validate_sees_every_damaged_byte_of_a_pair() -> None:
+    w = sparse(5, 6, 0.5)
+    good = pair(w)
+    passed = []
+    for at in range(good.numel()):
+        pack = good.clone()
+        pack[at] ^= 0x41
+        try:
+            ops.describe(pack)
+        except ValueError:
+            continue
+        passed.append(at)
+    assert passed == [12, 13, 14, 15]  # the rows at which the formats change may be any
+
+
+def test_pairs_that_are_none_are_refused() -> None:
+    w = sparse(9, 11, 0.5)
+    few, many = ops.pack(w, SELL), ops.pack(w, "panels128")
+
+    def made(first: Tensor, second: Tensor, n: int = 9, k: int = 11, rows: int = 2) -> Tensor:
+        size, nonzeros = 64 + first.numel() + second.numel(), int(w.count_nonzero())
+        header = HEADER.pack(b"fspk", 13, 1, 2, rows, n, k, nonzeros, size, bytes(16))
+        return torch.cat([torch.frombuffer(bytearray(header), dtype=torch.uint8), first, second])
+
+    ops.describe(made(few, many))
+    other = w.clone()
+    other[tuple(w.nonzero()[3])] += 1
+    for bad, why in (
+        (made(few, few), "a pair of one layout"),
+        (made(few, ops.pack(other, "panels128")), "not of one weight"),
+        (made(few, ops.pack(sparse(9, 12), "panels128")), "not of one weight"),
+        (made(made(few, many), many), "a pair inside a pair"),
+        (made(few, many, k=12), "not of one weight"),
+        (made(few, many, n=2**30), "for a pair of N"),
+        (made(few, many)[:-64], "bytes"),
+        (made(few, many)[:64], "bytes"),
+        (made(few, many)[:150], "bytes"),
+        (made(few[:-64], many), "not of one weight"),
+        (made(ops.pack(w.to(torch.int8)), many), "pack"),
+        (made(few, many, rows=0), "damaged header"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            ops.describe(bad.contiguous())
+    for bad in (made(few, many)[:150], made(few, many, n=2**30)):
+        with pytest.raises(ValueError, match="sparse_linear: weight must be a sparse float32 pack"):
+            ops.sparse_linear(torch.randn(1, 11), bad.contiguous())
