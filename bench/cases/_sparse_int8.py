@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.measure import in_turn
 from bench.registry import Call, Check, case, peer
 
 CASE, DENSE, INT_MM = "sparse_int8_linear", "fastsparse int8_linear", "torch._int_mm"
@@ -129,6 +130,16 @@ def register() -> None:
         check=check,
         available=missing,
     )(ours)
+    case(
+        f"{CASE} from DRAM",
+        shapes=[shape for shape in SHAPES if shape["m"] == 1 and shape["k"] == 4096],
+        unit="GOP/s",
+        work=work,
+        quick=lambda **_: False,
+        check=check,
+        available=missing,
+    )(in_turn(ours, packed_bytes))
+    peer(f"{CASE} from DRAM", DENSE, check=check, available=missing)(in_turn(our_dense, dense_bytes))
     peer(CASE, DENSE, compute="int8", weight_bytes=dense_bytes, check=check, available=missing)(our_dense)
     peer(CASE, INT_MM, kind="bare", compute="int8", weight_bytes=dense_bytes, check=check_bare)(bare_int_mm)
     peer(CASE, "torch fp32", kind="fp32", compute="fp32", weight_bytes=fp32_bytes, check=check_float)(dense_fp32)
