@@ -417,7 +417,7 @@ BAD_INPUT = {
     "bias dtype": (lambda: linear(X, PACK, SCALE, SCALE.double()), "bias must be float32, got float64"),
     "activation": (lambda: linear(X, PACK, SCALE, None, "tanh"), "activation must be None, .* got 'tanh'"),
     "pack format": (lambda: ops.pack(W, "blocks2x4"), "pack: format must be .*'blocks1x4'.* got 'blocks2x4'"),
-    "pack rows": (lambda: ops.pack(W, "sparse", rows=-1), "rows must be None or at least 0, got -1"),
+    "pack rows": (lambda: ops.pack(W, "sparse", rows=-1), "rows must be None or at least 0, .*got -1"),
     "pack vector": (lambda: ops.pack(W[0], "sparse"), r"weight must be a matrix \[N, K\], got weight\[23\]"),
     "pack K": (lambda: ops.pack(torch.zeros(1, 131072, dtype=torch.int8), "blocks1x4"), "at most K=131071"),
     "pack layout": (lambda: ops.pack(W.to_sparse(), "bitmap_s8"), "weight must be dense for bitmap_s8, got layout"),
