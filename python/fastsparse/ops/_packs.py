@@ -28,8 +28,9 @@ def pack(
     Args:
         weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K], dense or torch.sparse_csr, for
             `sparse_linear`, of which exactly what is zero is left out (a zero that a csr tensor holds explicitly,
-            too); float16 or bfloat16 [N, K] with at most 2 of every 4 consecutive k not zero (2:4), for `sparse_linear` on CUDA. 4-bit codes
-            [N, K] for `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
+            too); float16 or bfloat16 [N, K] with at most 2 of every 4 consecutive k not zero (2:4), for `sparse_linear`
+            on CUDA. 4-bit codes [N, K] for `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point
+            (`quantize_groups`).
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
             `sparse_int8_linear` "bitmap_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, formats/blocks_s8.h in
             csrc/sparse_matmul), or "sparse": that of the three which fits the zeros and `rows`. uint8: "u4".
