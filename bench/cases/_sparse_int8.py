@@ -14,6 +14,8 @@ from torch.nn import functional
 from bench.measure import in_turn
 from bench.registry import Call, Check, case, peer
 
+DEFAULT = ("default",)
+FROM_DRAM = "sparse_int8_linear from DRAM"  # one row, weights in turn
 CASE, DENSE, INT_MM = "sparse_int8_linear", "fastsparse int8_linear", "torch._int_mm"
 FEW = ((768, 768), (4096, 4096), (4096, 11008))  # (K, N)
 MANY = ((768, 768), (4096, 4096))
@@ -40,13 +42,15 @@ def work(m: int, k: int, n: int, r: int, c: int, zeros: int) -> float:
     return 2.0 * m * n * k
 
 
+@functools.lru_cache(maxsize=1)
+def packed(m: int, k: int, n: int, r: int, c: int, zeros: int) -> Tensor:
+    from fastsparse import ops
+
+    return ops.pack(operands(m, k, n, r, c, zeros)[1], "sparse", rows=m)
+
+
 def packed_bytes(m: int, k: int, n: int, r: int, c: int, zeros: int) -> int:
-    """bitmap_s8: d + 1/8 bytes a weight; blocks: 4 r + 1 bytes a stored block, of 1x4 where zeros are unstructured."""
-    density = (100 - zeros) / 100
-    if m <= 4:
-        return int(n * k * (density + 1 / 8))
-    stored = density if c == 4 else 1 - (1 - density) ** 4
-    return int(n * k / (4 * r) * stored * (4 * r + 1))
+    return packed(m, k, n, r, c, zeros).numel()
 
 
 def dense_bytes(m: int, k: int, n: int, r: int, c: int, zeros: int) -> int:
@@ -92,8 +96,8 @@ def missing() -> str | None:
 def ours(m: int, k: int, n: int, r: int, c: int, zeros: int) -> Call:
     from fastsparse import ops
 
-    x, weight, scale, bias = operands(m, k, n, r, c, zeros)
-    pack = ops.pack(weight, "sparse", rows=m)
+    x, _, scale, bias = operands(m, k, n, r, c, zeros)
+    pack = packed(m, k, n, r, c, zeros).clone()
     return lambda: ops.sparse_int8_linear(x, pack, scale, bias)
 
 
@@ -129,17 +133,25 @@ def register() -> None:
         weight_bytes=packed_bytes,
         check=check,
         available=missing,
+        mallocs=DEFAULT,
     )(ours)
+    peer(CASE, DENSE, compute="int8", weight_bytes=dense_bytes, check=check, available=missing, mallocs=DEFAULT)(
+        our_dense
+    )
+    peer(CASE, INT_MM, kind="bare", compute="int8", weight_bytes=dense_bytes, check=check_bare, mallocs=DEFAULT)(
+        bare_int_mm
+    )
+    peer(CASE, "torch fp32", kind="fp32", compute="fp32", weight_bytes=fp32_bytes, check=check_float, mallocs=DEFAULT)(
+        dense_fp32
+    )
     case(
-        f"{CASE} from DRAM",
+        FROM_DRAM,
         shapes=[shape for shape in SHAPES if shape["m"] == 1 and shape["k"] == 4096],
         unit="GOP/s",
         work=work,
         quick=lambda **_: False,
         check=check,
         available=missing,
+        mallocs=DEFAULT,
     )(in_turn(ours, packed_bytes))
-    peer(f"{CASE} from DRAM", DENSE, check=check, available=missing)(in_turn(our_dense, dense_bytes))
-    peer(CASE, DENSE, compute="int8", weight_bytes=dense_bytes, check=check, available=missing)(our_dense)
-    peer(CASE, INT_MM, kind="bare", compute="int8", weight_bytes=dense_bytes, check=check_bare)(bare_int_mm)
-    peer(CASE, "torch fp32", kind="fp32", compute="fp32", weight_bytes=fp32_bytes, check=check_float)(dense_fp32)
+    peer(FROM_DRAM, DENSE, check=check, available=missing, mallocs=DEFAULT)(in_turn(our_dense, dense_bytes))
