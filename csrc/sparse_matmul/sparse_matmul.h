@@ -9,8 +9,8 @@
 //
 // Memory: a pack's bytes may be anything once its header and size have passed (formats::view). No index can leave its
 // block: k is a u8 into a panel that goes on for 256, or a u16 into a row of 65536; rows are u8 inside a padded chunk
-// of 256, or are compared with N; offsets and the position in the values are held below the total, behind which there
-// is room for what one step may read. Damaged bytes give wrong numbers and never an access outside.
+// of 256, or are compared with N; offsets, the position in the values and the steps of a group are held below the total,
+// behind which there is room for what one step of a bitmap may read. Damaged bytes give wrong numbers and never an access outside.
 #pragma once
 #include <stdint.h>
 
@@ -27,24 +27,32 @@ inline constexpr int64_t kMaxSellK = 65536;  // u16 indices
 inline constexpr int64_t kBitmapColumns = 32;  // outputs of a bitmap32 block
 inline constexpr int64_t kSellRows = 16;       // outputs of a sell16 slice
 inline constexpr int64_t kSellStepBytes = 96;  // 16 f32, 16 u16
-inline constexpr int64_t kChunk = 256;         // outputs of a panels128 chunk
+inline constexpr int64_t kChunk = 256;         // outputs of the widest panels128 chunk
+inline constexpr int64_t kGroup = 8;           // outputs of a panels128 group, which are stored step by step
 inline constexpr int64_t kBlockK = 128;        // k of a panels128 block
 inline constexpr int64_t kSlack = 512;         // floats behind the values that may be read
 
 // The codes of the layouts, in the header of a pack (formats/<layout>.h).
 enum Format : int { kBitmap32 = 2, kSell16 = 3, kPanels128 = 4 };
 
+// Outputs of each chunk of a panels128 pack (the last one has what is left): at most kChunk, and such that two threads
+// get equal shares.
+inline int64_t panel_width(int64_t n) {
+  const int64_t chunks = 2 * ((n + 2 * kChunk - 1) / (2 * kChunk));
+  return n == 0 ? kGroup : ((n + chunks - 1) / chunks + kGroup - 1) / kGroup * kGroup;
+}
+
 // A pack, taken apart by formats::view. Only the pointers of its format are set.
 struct Pack {
   int format;
   int64_t n, k;
-  int64_t total;           // stored values (bitmap32, panels128) or steps (sell16)
+  int64_t total;           // stored values (bitmap32) or steps (sell16: of 16 values, panels128: of 8)
   const uint64_t* offset;  // first value or step of each block, slice or chunk, and the total at last
   const uint32_t* mask;    // bitmap32: [blocks][k], bit j: output 32 * block + j
   const uint32_t* row;     // sell16: [slices][16], the output of each lane; N and above: none
   const uint8_t* step;     // sell16: [total][96]
-  const uint8_t* order;    // panels128: [chunks][k blocks][2][256]: rows, then their counts, descending
-  const uint8_t* index;    // panels128: [total], k inside the block
+  const uint8_t* order;    // panels128: [chunks][k blocks][W + W / 8]: the rows, then the steps of their groups
+  const uint8_t* index;    // panels128: [total][8], k inside the block
   const float* value;
 };
 
@@ -60,14 +68,24 @@ struct FewArgs {
   int64_t y_stride;
 };
 
-// One chunk of outputs for one panel of x: sums f32[kChunk][lanes], zeroed by the kernel, then written.
+// One chunk of outputs for one panel of x: sums f32[panel_width(N)][lanes] = x W^T. Does not read sums before it writes.
 struct PanelArgs {
   Pack pack;
   const float* panel;  // [K rounded up to kBlockK][lanes], x transposed; rows and k beyond x are zero. Another kBlockK
                        // rows may be read if the pack is damaged.
-  int64_t lanes;       // 8, 16, 32 or 64
+  int64_t lanes;       // 8, 16, 32, 48 or 64
   int64_t chunk;
-  float* sums;
+  float* sums;  // room for kChunk outputs
+};
+
+// What PanelArgs left to y: y[r, column] = act(sums[column, r] + bias[column]). The sums are overwritten.
+struct PanelFinishArgs {
+  float* sums;  // [columns][lanes]
+  int64_t lanes, rows, columns;
+  const float* bias;  // [columns] or null
+  Activation activation;
+  float* y;  // [rows, columns], rows y_stride elements apart
+  int64_t y_stride;
 };
 
 // out[c * out_stride + r] = in[r * in_stride + c]
@@ -96,6 +114,7 @@ struct Kernels {
   void (*sell)(const FewArgs&);
   void (*panel)(const PanelArgs&);
   void (*transpose)(const TransposeArgs&);
+  void (*panel_finish)(const PanelFinishArgs&);
   void (*finish)(const FinishArgs&);
 };
 

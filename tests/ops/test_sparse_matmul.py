@@ -192,19 +192,26 @@ def pack_restated(w: np.ndarray, format: str) -> bytes:
             offset.append(len(steps) // 96)
         tail = pad(middle) + pad(steps)
     else:
-        for c in range(0, n, 256):
+        chunks = 2 * -(-n // 512)
+        width = -(-(-(-n // chunks)) // 8) * 8 if n else 8
+        for c in range(0, n, width):
             for b in range(0, k, 128):
-                part = np.zeros((256, 128), np.float32)
-                inside = w[c : c + 256, b : b + 128]
+                part = np.zeros((width, 128), np.float32)
+                inside = w[c : c + width, b : b + 128]
                 part[: inside.shape[0], : inside.shape[1]] = inside
                 count = np.count_nonzero(part, axis=1)
-                order = sorted(range(256), key=lambda r: -count[r])
-                middle += bytes(order) + bytes(int(count[r]) for r in order)
-                for r in order:
-                    index += bytes(np.flatnonzero(part[r]).astype(np.uint8))
-                    value += part[r][part[r] != 0].astype("<f4").tobytes()
-            offset.append(len(index))
-        tail = pad(middle) + pad(index, 512) + pad(value, 2048)
+                order = sorted(range(width), key=lambda r: -count[r])
+                middle += bytes(order) + bytes(int(count[r]) for r in order[::8])
+                for g in range(0, width, 8):
+                    ks, values = np.zeros((count[order[g]], 8), np.uint8), np.zeros((count[order[g]], 8), "<f4")
+                    for lane, r in enumerate(order[g : g + 8]):
+                        found = np.flatnonzero(part[r])
+                        ks[: len(found), lane], values[: len(found), lane] = found, part[r][found]
+                        ks[len(found) :, lane] = found[-1] if len(found) else 0
+                    index += ks.tobytes()
+                    value += values.tobytes()
+            offset.append(len(index) // 8)
+        tail = pad(middle) + pad(index) + pad(value)
     body = pad(struct.pack(f"<{len(offset)}Q", *offset)) + tail
     nonzeros = int(np.count_nonzero(w))
     return HEADER.pack(b"fspk", number, 1, 2, block, n, k, nonzeros, 64 + len(body), bytes(16)) + body

@@ -105,9 +105,19 @@ struct Wide {  // two ymm
   }
 };
 
+struct Four {
+  const float* p;
+  explicit Four(const float* from) : p(from) {}
+  template <int kLane>
+  __m256 at() const {
+    return _mm256_broadcast_ss(p + kLane);
+  }
+};
+
 }  // namespace
 
 #include "kernels.inl"
+#include "panels.inl"
 
 namespace {
 
@@ -122,14 +132,22 @@ void bitmap(const FewArgs& a) {
 
 void panel(const PanelArgs& a) {
   switch (a.lanes) {
-    case 8: return panel_lanes<1, 4>(a);
+    case 8: return panel_lanes<1, 8>(a);
     case 16: return panel_lanes<2, 4>(a);
     case 32: return panel_lanes<4, 2>(a);
+    case 48: return panel_lanes<6, 2>(a);
     default: return panel_lanes<8, 1>(a);
   }
 }
 
 }  // namespace
 
-const Kernels fs::sparse_matmul::kAvx2 = {
-    "avx2", fs::isa::Level::avx2, fs::isa::kLevelAvx2, &bitmap, &sell, &panel, &transpose, &finish};
+const Kernels fs::sparse_matmul::kAvx2 = {"avx2",
+                                          fs::isa::Level::avx2,
+                                          fs::isa::kLevelAvx2,
+                                          &bitmap,
+                                          &sell,
+                                          &panel,
+                                          &transpose,
+                                          &panel_finish<&transpose>,
+                                          &finish};

@@ -33,9 +33,20 @@ struct Lanes {
 using Narrow = Lanes;
 using Wide = Lanes;
 
+// Four weights in one load; a shuffle broadcasts one of them, and the load units are left to x.
+struct Four {
+  __m512 v;
+  explicit Four(const float* p) : v(_mm512_broadcast_f32x4(_mm_loadu_ps(p))) {}
+  template <int kLane>
+  __m512 at() const {
+    return _mm512_permute_ps(v, kLane * 0x55);
+  }
+};
+
 }  // namespace
 
 #include "kernels.inl"
+#include "panels.inl"
 
 namespace {
 
@@ -100,12 +111,24 @@ void panel(const PanelArgs& a) {
   switch (a.lanes) {
     case 8: return kAvx2.panel(a);  // half a zmm: that row has the kernel, and the same sums
     case 16: return panel_lanes<1, 8>(a);
-    case 32: return panel_lanes<2, 4>(a);
-    default: return panel_lanes<4, 2>(a);
+    case 32: return panel_lanes<2, 8>(a);
+    case 48: return panel_lanes<3, 4>(a);
+    default: return panel_lanes<4, 4>(a);
   }
+}
+
+void finish_panel(const PanelFinishArgs& f) {
+  return f.lanes == 8 ? kAvx2.panel_finish(f) : panel_finish<&transpose_wide>(f);
 }
 
 }  // namespace
 
-const Kernels fs::sparse_matmul::kAvx512 = {
-    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panel, &transpose_wide, &finish};
+const Kernels fs::sparse_matmul::kAvx512 = {"avx512",
+                                            fs::isa::Level::avx512,
+                                            fs::isa::kLevelAvx512,
+                                            &bitmap,
+                                            &sell,
+                                            &panel,
+                                            &transpose_wide,
+                                            &finish_panel,
+                                            &finish};

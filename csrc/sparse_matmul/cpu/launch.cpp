@@ -70,50 +70,85 @@ void linear_few(const Kernels& kernels, const LinearArgs& args) {
   if (!bitmap) finish_rows(kernels, args, 0, args.m, 0, w.n);  // a slice's outputs lie anywhere
 }
 
-// A thread's scratch: x transposed, the sums of a chunk, and these transposed back.
-struct PanelScratch {
-  float *x, *sums, *rows;
-  PanelScratch(int64_t lanes, int64_t padded_k) {
-    const int64_t chunk = kChunk * lanes, panel = (padded_k + kBlockK) * lanes;
-    x = reinterpret_cast<float*>(scratch(static_cast<size_t>(panel + 2 * chunk) * sizeof(float)));
-    sums = x + panel;
-    rows = sums + chunk;
-  }
+// Rows [row, row + rows) of x, to be transposed into one panel.
+struct Panel {
+  int64_t row, rows, lanes;
 };
 
-// Chunks [begin, end) of outputs for rows [row_begin, row_end) of x.
-void linear_panels_part(const Kernels& kernels, const LinearArgs& args, int64_t row_begin, int64_t row_end,
-                        int64_t begin, int64_t end) {
-  const Pack& w = args.weight;
-  const int64_t padded_k = ceil_div(w.k, kBlockK) * kBlockK;
-  const PanelScratch s(panel_lanes(row_end - row_begin), padded_k);
-  for (int64_t row = row_begin; row < row_end;) {
-    const int64_t lanes = panel_lanes(row_end - row), rows = std::min(lanes, row_end - row);
-    if (rows < lanes) std::memset(s.x, 0, static_cast<size_t>(padded_k * lanes) * sizeof(float));
-    kernels.transpose({args.x + row * args.x_stride, args.x_stride, rows, w.k, s.x, lanes});
-    std::memset(s.x + w.k * lanes, 0, static_cast<size_t>((padded_k - w.k) * lanes) * sizeof(float));
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      kernels.panel({w, s.x, lanes, chunk, s.sums});
-      const int64_t column = chunk * kChunk, columns = std::min(kChunk, w.n - column);
-      kernels.transpose({s.sums, lanes, columns, rows, s.rows, kChunk});
-      for (int64_t r = 0; r < rows; ++r)
-        kernels.finish({s.rows + r * kChunk, args.bias == nullptr ? nullptr : args.bias + column, args.activation,
-                        columns, args.y + (row + r) * w.n + column});
-    }
-    row += rows;
+// The widest panels first.
+template <class Body>
+void each_panel(int64_t begin, int64_t end, const Body& body) {
+  while (begin < end) {
+    const int64_t lanes = panel_lanes(end - begin), rows = std::min(lanes, end - begin);
+    body(Panel{begin, rows, lanes});
+    begin += rows;
   }
 }
 
-void linear_panels(const Kernels& kernels, const LinearArgs& args) {
-  const int64_t chunks = ceil_div(args.weight.n, kChunk), panels = ceil_div(args.m, kPanelRows);
-  const bool alone = one_thread(args.m, args.weight.total);
-  if (panels >= num_threads() || chunks == 1) {
-    split(panels, alone, [&](int64_t begin, int64_t end) {
-      linear_panels_part(kernels, args, begin * kPanelRows, std::min(end * kPanelRows, args.m), 0, chunks);
-    });
-  } else {
-    split(chunks, alone, [&](int64_t begin, int64_t end) { linear_panels_part(kernels, args, 0, args.m, begin, end); });
+int64_t padded_k(const LinearArgs& args) { return ceil_div(args.weight.k, kBlockK) * kBlockK; }
+
+// Floats of a panel of x, with what a damaged pack may read behind it.
+int64_t panel_floats(const LinearArgs& args, int64_t lanes) { return (padded_k(args) + kBlockK) * lanes; }
+
+// Columns [begin, end) of x, up to the padded K, into the panel.
+void fill_panel(const Kernels& kernels, const LinearArgs& args, const Panel& p, int64_t begin, int64_t end, float* x) {
+  const int64_t k = std::min(end, args.weight.k), dense = p.rows < p.lanes ? begin : k;
+  std::memset(x + dense * p.lanes, 0, static_cast<size_t>((end - dense) * p.lanes) * sizeof(float));
+  kernels.transpose({args.x + p.row * args.x_stride + begin, args.x_stride, p.rows, k - begin, x + begin * p.lanes,
+                     p.lanes});
+}
+
+// Chunks [begin, end) of outputs for one panel.
+void panel_chunks(const Kernels& kernels, const LinearArgs& args, const Panel& p, const float* x, int64_t begin,
+                  int64_t end, float* sums) {
+  const Pack& w = args.weight;
+  const int64_t width = panel_width(w.n);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    kernels.panel({w, x, p.lanes, chunk, sums});
+    const int64_t column = chunk * width;
+    kernels.panel_finish({sums, p.lanes, p.rows, std::min(width, w.n - column),
+                          args.bias == nullptr ? nullptr : args.bias + column, args.activation,
+                          args.y + p.row * w.n + column, w.n});
   }
+}
+
+template <int kSlot = 0>
+float* scratch_floats(int64_t count) {
+  return reinterpret_cast<float*>(scratch<kSlot>(static_cast<size_t>(count) * sizeof(float)));
+}
+
+void linear_panels(const Kernels& kernels, const LinearArgs& args) {
+  const int64_t chunks = ceil_div(args.weight.n, panel_width(args.weight.n)), k = padded_k(args);
+  const bool alone = one_thread(args.m, args.weight.total * kGroup);
+  const int64_t sums = kChunk * kPanelRows;
+  if (alone || chunks == 1 || args.m >= kPanelRows * num_threads()) {  // every thread has rows of its own
+    split(ceil_div(args.m, kRowsShare), alone, [&](int64_t begin, int64_t end) {
+      float* const x = scratch_floats(sums + panel_floats(args, kPanelRows)) + sums;
+      each_panel(begin * kRowsShare, std::min(end * kRowsShare, args.m), [&](const Panel& p) {
+        fill_panel(kernels, args, p, 0, k, x);
+        panel_chunks(kernels, args, p, x, 0, chunks, x - sums);
+      });
+    });
+    return;
+  }
+  // Every thread has outputs of its own, and the panels are filled together.
+  int64_t floats = 0;
+  each_panel(0, args.m, [&](const Panel& p) { floats += panel_floats(args, p.lanes); });
+  float* const panels = scratch_floats<1>(floats);
+  split(k / kBlockK, alone, [&](int64_t begin, int64_t end) {
+    float* x = panels;
+    each_panel(0, args.m, [&](const Panel& p) {
+      fill_panel(kernels, args, p, begin * kBlockK, end * kBlockK, x);
+      x += panel_floats(args, p.lanes);
+    });
+  });
+  split(chunks, alone, [&](int64_t begin, int64_t end) {
+    const float* x = panels;
+    each_panel(0, args.m, [&](const Panel& p) {
+      panel_chunks(kernels, args, p, x, begin, end, scratch_floats(sums));
+      x += panel_floats(args, p.lanes);
+    });
+  });
 }
 
 }  // namespace
