@@ -78,16 +78,6 @@ struct PanelArgs {
   float* sums;  // room for kChunk outputs
 };
 
-// What PanelArgs left to y: y[r, column] = act(sums[column, r] + bias[column]). The sums are overwritten.
-struct PanelFinishArgs {
-  float* sums;  // [columns][lanes]
-  int64_t lanes, rows, columns;
-  const float* bias;  // [columns] or null
-  Activation activation;
-  float* y;  // [rows, columns], rows y_stride elements apart
-  int64_t y_stride;
-};
-
 // out[c * out_stride + r] = in[r * in_stride + c]
 struct TransposeArgs {
   const float* in;
@@ -114,7 +104,6 @@ struct Kernels {
   void (*sell)(const FewArgs&);
   void (*panel)(const PanelArgs&);
   void (*transpose)(const TransposeArgs&);
-  void (*panel_finish)(const PanelFinishArgs&);
   void (*finish)(const FinishArgs&);
 };
 

@@ -142,12 +142,5 @@ void panel(const PanelArgs& a) {
 
 }  // namespace
 
-const Kernels fs::sparse_matmul::kAvx2 = {"avx2",
-                                          fs::isa::Level::avx2,
-                                          fs::isa::kLevelAvx2,
-                                          &bitmap,
-                                          &sell,
-                                          &panel,
-                                          &transpose,
-                                          &panel_finish<&transpose>,
-                                          &finish};
+const Kernels fs::sparse_matmul::kAvx2 = {
+    "avx2", fs::isa::Level::avx2, fs::isa::kLevelAvx2, &bitmap, &sell, &panel, &transpose, &finish};

@@ -117,18 +117,7 @@ void panel(const PanelArgs& a) {
   }
 }
 
-void finish_panel(const PanelFinishArgs& f) {
-  return f.lanes == 8 ? kAvx2.panel_finish(f) : panel_finish<&transpose_wide>(f);
-}
-
 }  // namespace
 
-const Kernels fs::sparse_matmul::kAvx512 = {"avx512",
-                                            fs::isa::Level::avx512,
-                                            fs::isa::kLevelAvx512,
-                                            &bitmap,
-                                            &sell,
-                                            &panel,
-                                            &transpose_wide,
-                                            &finish_panel,
-                                            &finish};
+const Kernels fs::sparse_matmul::kAvx512 = {
+    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panel, &transpose_wide, &finish};

@@ -91,7 +91,7 @@ inline void multiply_add(Rows<kVecs, kRows>& r, const float* value, const uint8_
 
 // kRows rows of a group, whose values and indices lie kGroup apart, for all steps.
 template <int kVecs, int kRows, bool kAhead>
-inline void walk(const float* value, const uint8_t* index, int64_t steps, const float* panel, const uint8_t* order,
+[[gnu::always_inline]] inline void walk(const float* value, const uint8_t* index, int64_t steps, const float* panel, const uint8_t* order,
                  bool first, float* sums) {
   Rows<kVecs, kRows> rows;
   if (first)
@@ -126,38 +126,6 @@ void panel_lanes(const PanelArgs& a) {
         walk<kVecs, kRows, false>(value + r, index + r, steps, panel, order + r, b == 0, a.sums);
       at += steps;
     }
-  }
-}
-
-// The bias and the activation of `count` outputs, a row of lanes each.
-template <fs::Activation kActivation>
-void finish_lanes(float* sums, int64_t lanes, int64_t count, const float* bias) {
-  for (int64_t i = 0; i < count; ++i, sums += lanes) {
-    const Simd::F add = Simd::set1(bias == nullptr ? -0.0f : bias[i]);  // as in finish()
-    for (int64_t r = 0; r < lanes; r += Simd::kWidth)
-      Simd::store(sums + r, activate<kActivation>(Simd::add(Simd::load(sums + r), add)));
-  }
-}
-
-void finish_lanes(fs::Activation activation, float* sums, int64_t lanes, int64_t count, const float* bias) {
-  switch (activation) {
-    case fs::Activation::none:
-      if (bias != nullptr) finish_lanes<fs::Activation::none>(sums, lanes, count, bias);
-      return;
-    case fs::Activation::relu: return finish_lanes<fs::Activation::relu>(sums, lanes, count, bias);
-    case fs::Activation::gelu: return finish_lanes<fs::Activation::gelu>(sums, lanes, count, bias);
-    case fs::Activation::silu: return finish_lanes<fs::Activation::silu>(sums, lanes, count, bias);
-  }
-}
-
-// 16 outputs at a time, so that they are still in L1 when they are transposed into y.
-template <void (*kTranspose)(const TransposeArgs&)>
-void panel_finish(const PanelFinishArgs& f) {
-  for (int64_t c = 0; c < f.columns; c += 16) {
-    const int64_t count = f.columns - c < 16 ? f.columns - c : 16;
-    float* const sums = f.sums + c * f.lanes;
-    finish_lanes(f.activation, sums, f.lanes, count, f.bias == nullptr ? nullptr : f.bias + c);
-    kTranspose({sums, f.lanes, count, f.rows, f.y + c, f.y_stride});
   }
 }
 

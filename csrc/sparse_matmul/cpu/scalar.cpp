@@ -84,12 +84,5 @@ void panel(const PanelArgs& a) {
 
 }  // namespace
 
-const Kernels fs::sparse_matmul::kScalar = {"scalar",
-                                            fs::isa::Level::scalar,
-                                            fs::isa::kLevelScalar,
-                                            &bitmap,
-                                            &sell,
-                                            &panel,
-                                            &transpose,
-                                            &panel_finish<&transpose>,
-                                            &finish};
+const Kernels fs::sparse_matmul::kScalar = {
+    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap, &sell, &panel, &transpose, &finish};
