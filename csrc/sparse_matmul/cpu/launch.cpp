@@ -130,17 +130,20 @@ float* scratch_floats(int64_t count) {
 void linear_panels(const Kernels& kernels, const LinearArgs& args) {
   const int64_t chunks = ceil_div(args.weight.n, panel_width(args.weight.n)), k = padded_k(args);
   const bool alone = one_thread(args.m, args.weight.total * kGroup);
-  if (alone || chunks == 1 || args.m >= kPanelRows * num_threads()) {  // every thread has rows of its own
-    split(ceil_div(args.m, kRowsShare), alone, [&](int64_t begin, int64_t end) {
-      float* const x = scratch_floats(kSumsFloats + panel_floats(args, kPanelRows)) + kSumsFloats;
-      each_panel(begin * kRowsShare, std::min(end * kRowsShare, args.m), [&](const Panel& p) {
-        fill_panel(kernels, args, p, 0, k, x);
-        panel_chunks(kernels, args, p, x, 0, chunks, x - kSumsFloats);
-      });
+  const auto part = [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    float* const x = scratch_floats(kSumsFloats + panel_floats(args, kPanelRows)) + kSumsFloats;
+    each_panel(row_begin, row_end, [&](const Panel& p) {
+      fill_panel(kernels, args, p, 0, k, x);
+      panel_chunks(kernels, args, p, x, begin, end, x - kSumsFloats);
     });
-    return;
-  }
-  // Every thread has outputs of its own, and the panels are filled together.
+  };
+  if (alone || chunks == 1 || args.m >= kPanelRows * num_threads())  // each thread has rows of its own
+    return split(ceil_div(args.m, kRowsShare), alone, [&](int64_t begin, int64_t end) {
+      part(begin * kRowsShare, std::min(end * kRowsShare, args.m), 0, chunks);
+    });
+  // Each thread has outputs of its own, and its own panels if x is small.
+  if (args.m * k < kSharedPanels)
+    return split(chunks, alone, [&](int64_t begin, int64_t end) { part(0, args.m, begin, end); });
   int64_t floats = 0;
   each_panel(0, args.m, [&](const Panel& p) { floats += panel_floats(args, p.lanes); });
   float* const panels = scratch_floats<1>(floats);
