@@ -22,9 +22,7 @@ std::vector<KernelInfo> kernel_infos();
 void spoil(const std::string& name);
 
 // The rows of the next panel of x when so many are left: the widest that they fill, 8 for the last ones.
-inline int64_t panel_lanes(int64_t left) { 
-  return left > 48 ? 64 : left > 32 ? 48 : left > 16 ? 32 : left > 8 ? 16 : 8;
-}
+inline int64_t panel_lanes(int64_t left) { return left > 16 ? 32 : left > 8 ? 16 : 8; }
 
 // Threads that have rows of their own get multiples of so many.
 inline constexpr int64_t kRowsShare = 16;

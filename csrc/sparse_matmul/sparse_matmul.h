@@ -21,7 +21,7 @@ namespace fs::sparse_matmul {
 
 inline constexpr int kBitmapRows = 4;        // rows of x that one pass over a bitmap32 pack serves
 inline constexpr int kFewSellRows = 3;       // the same of a sell16 pack: more would not fit the registers
-inline constexpr int64_t kPanelRows = 64;    // rows of x in the widest panel
+inline constexpr int64_t kPassRows = 64;     // rows of x that meet a panels128 pack in one pass: up to two panels
 inline constexpr int64_t kMaxSellK = 65536;  // u16 indices
 
 inline constexpr int64_t kBitmapColumns = 32;  // outputs of a bitmap32 block
@@ -29,7 +29,8 @@ inline constexpr int64_t kSellRows = 16;       // outputs of a sell16 slice
 inline constexpr int64_t kSellStepBytes = 96;  // 16 f32, 16 u16
 inline constexpr int64_t kChunk = 256;         // outputs of the widest panels128 chunk
 inline constexpr int64_t kGroup = 8;           // outputs of a panels128 group, which are stored step by step
-inline constexpr int64_t kBlockK = 128;        // k of a panels128 block
+inline constexpr int64_t kBlockK = 192;        // k of a panels128 block
+inline constexpr int64_t kIndexReach = 256;    // what the indices of a damaged block can say
 inline constexpr int64_t kSlack = 512;         // floats behind the values that may be read
 
 // The codes of the layouts, in the header of a pack (formats/<layout>.h).
@@ -68,14 +69,17 @@ struct FewArgs {
   int64_t y_stride;
 };
 
-// One chunk of outputs for one panel of x: sums f32[panel_width(N)][lanes] = x W^T. Does not read sums before it writes.
+// One chunk of outputs for `count` panels of x: sums f32[count][kChunk][lanes], of which the first panel_width(N) outputs
+// of each panel become x W^T. Reads no sums before it writes them.
 struct PanelArgs {
   Pack pack;
-  const float* panel;  // [K rounded up to kBlockK][lanes], x transposed; rows and k beyond x are zero. Another kBlockK
-                       // rows may be read if the pack is damaged.
-  int64_t lanes;       // 8, 16, 32, 48 or 64
+  const float* panels;  // each [K rounded up to kBlockK][lanes], x transposed; rows and k beyond x are zero. Another
+                        // kIndexReach - kBlockK rows may be read if the pack is damaged.
+  int64_t panel_stride;
+  int64_t lanes;  // 8, 16 or 32
+  int64_t count;
   int64_t chunk;
-  float* sums;  // room for kChunk outputs
+  float* sums;
 };
 
 // out[c * out_stride + r] = in[r * in_stride + c]
@@ -102,7 +106,7 @@ struct Kernels {
   uint32_t features;
   void (*bitmap)(const FewArgs&);
   void (*sell)(const FewArgs&);
-  void (*panel)(const PanelArgs&);
+  void (*panels)(const PanelArgs&);
   void (*transpose)(const TransposeArgs&);
   void (*finish)(const FinishArgs&);
 };

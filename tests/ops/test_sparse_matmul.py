@@ -167,7 +167,7 @@ def pad(data: bytes, room: int = 0) -> bytes:
 def pack_restated(w: np.ndarray, format: str) -> bytes:
     """formats/{bitmap32,sell16,panels128}.h again, in Python."""
     n, k = w.shape
-    number, block = {"bitmap32": (2, 32), "sell16": (3, 16), "panels128": (4, 128)}[format]
+    number, block = {"bitmap32": (2, 32), "sell16": (3, 16), "panels128": (4, 192)}[format]
     offset, middle, value, index = [0], b"", b"", b""
     if format == "bitmap32":
         for b in range(0, n, 32):
@@ -195,9 +195,9 @@ def pack_restated(w: np.ndarray, format: str) -> bytes:
         chunks = 2 * -(-n // 512)
         width = -(-(-(-n // chunks)) // 8) * 8 if n else 8
         for c in range(0, n, width):
-            for b in range(0, k, 128):
-                part = np.zeros((width, 128), np.float32)
-                inside = w[c : c + width, b : b + 128]
+            for b in range(0, k, 192):
+                part = np.zeros((width, 192), np.float32)
+                inside = w[c : c + width, b : b + 192]
                 part[: inside.shape[0], : inside.shape[1]] = inside
                 count = np.count_nonzero(part, axis=1)
                 order = sorted(range(width), key=lambda r: -count[r])
@@ -317,7 +317,7 @@ def test_validate_sees_every_damaged_table(format: str) -> None:
 
 @given(st.binary(max_size=200), st.sampled_from([2, 3, 4]))
 def test_foreign_bytes_are_refused(data: bytes, number: int) -> None:
-    header = HEADER.pack(b"fspk", number, 1, 2, {2: 32, 3: 16, 4: 128}[number], 3, 5, 2, 64 + len(data), bytes(16))
+    header = HEADER.pack(b"fspk", number, 1, 2, {2: 32, 3: 16, 4: 192}[number], 3, 5, 2, 64 + len(data), bytes(16))
     pack = torch.frombuffer(bytearray(header + data), dtype=torch.uint8)
     with pytest.raises(ValueError, match="describe: pack"):
         ops.describe(pack)

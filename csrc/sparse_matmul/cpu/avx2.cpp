@@ -106,11 +106,11 @@ struct Wide {  // two ymm
 };
 
 struct Four {
-  const float* p;
-  explicit Four(const float* from) : p(from) {}
+  __m256 v;
+  explicit Four(const float* p) : v(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))) {}
   template <int kLane>
   __m256 at() const {
-    return _mm256_broadcast_ss(p + kLane);
+    return _mm256_permute_ps(v, kLane * 0x55);
   }
 };
 
@@ -130,17 +130,15 @@ void bitmap(const FewArgs& a) {
   }
 }
 
-void panel(const PanelArgs& a) {
+void panels(const PanelArgs& a) {
   switch (a.lanes) {
     case 8: return panel_lanes<1, 8>(a);
     case 16: return panel_lanes<2, 4>(a);
-    case 32: return panel_lanes<4, 2>(a);
-    case 48: return panel_lanes<6, 2>(a);
-    default: return panel_lanes<8, 1>(a);
+    default: return panel_lanes<4, 2>(a);
   }
 }
 
 }  // namespace
 
 const Kernels fs::sparse_matmul::kAvx2 = {
-    "avx2", fs::isa::Level::avx2, fs::isa::kLevelAvx2, &bitmap, &sell, &panel, &transpose, &finish};
+    "avx2", fs::isa::Level::avx2, fs::isa::kLevelAvx2, &bitmap, &sell, &panels, &transpose, &finish};

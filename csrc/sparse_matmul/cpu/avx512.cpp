@@ -107,17 +107,15 @@ void transpose_wide(const TransposeArgs& t) {
     transpose({t.in + rows * t.in_stride, t.in_stride, t.rows - rows, t.columns, t.out + rows, t.out_stride});
 }
 
-void panel(const PanelArgs& a) {
+void panels(const PanelArgs& a) {
   switch (a.lanes) {
-    case 8: return kAvx2.panel(a);  // half a zmm: that row has the kernel, and the same sums
+    case 8: return kAvx2.panels(a);  // half a zmm: that row has the kernel, and the same sums
     case 16: return panel_lanes<1, 8>(a);
-    case 32: return panel_lanes<2, 8>(a);
-    case 48: return panel_lanes<3, 4>(a);
-    default: return panel_lanes<4, 4>(a);
+    default: return panel_lanes<2, 8>(a);
   }
 }
 
 }  // namespace
 
 const Kernels fs::sparse_matmul::kAvx512 = {
-    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panel, &transpose_wide, &finish};
+    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panels, &transpose_wide, &finish};

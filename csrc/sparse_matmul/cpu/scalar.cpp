@@ -72,17 +72,15 @@ void bitmap(const FewArgs& a) {
   }
 }
 
-void panel(const PanelArgs& a) {
+void panels(const PanelArgs& a) {
   switch (a.lanes) {
     case 8: return panel_lanes<8, 1>(a);
     case 16: return panel_lanes<16, 1>(a);
-    case 32: return panel_lanes<32, 1>(a);
-    case 48: return panel_lanes<48, 1>(a);
-    default: return panel_lanes<64, 1>(a);
+    default: return panel_lanes<32, 1>(a);
   }
 }
 
 }  // namespace
 
 const Kernels fs::sparse_matmul::kScalar = {
-    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap, &sell, &panel, &transpose, &finish};
+    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap, &sell, &panels, &transpose, &finish};
