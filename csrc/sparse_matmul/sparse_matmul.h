@@ -9,8 +9,9 @@
 //
 // Memory: a pack's bytes may be anything once its header and size have passed (formats::view). No index can leave its
 // block: k is a u8 into a panel that goes on for 256, or a u16 into a row of 65536; rows are u8 inside a padded chunk
-// of 256, or are compared with N; offsets, the position in the values and the steps of a group are held below the total,
-// behind which there is room for what one step of a bitmap may read. Damaged bytes give wrong numbers and never an access outside.
+// of 256, or are compared with N; offsets, the position in the values and the steps of a group are held below the
+// total, behind which there is room for what one step of a bitmap may read. Damaged bytes give wrong numbers and never
+// an access outside.
 #pragma once
 #include <stdint.h>
 
@@ -69,8 +70,8 @@ struct FewArgs {
   int64_t y_stride;
 };
 
-// One chunk of outputs for `count` panels of x: sums f32[count][kChunk][lanes], of which the first panel_width(N) outputs
-// of each panel become x W^T. Reads no sums before it writes them.
+// One chunk of outputs for `count` panels of x: sums f32[count][kChunk][lanes], of which the first panel_width(N)
+// outputs of each panel become x W^T. Reads no sums before it writes them.
 struct PanelArgs {
   Pack pack;
   const float* panels;  // each [K rounded up to kBlockK][lanes], x transposed; rows and k beyond x are zero. Another

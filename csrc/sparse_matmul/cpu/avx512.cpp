@@ -1,8 +1,8 @@
 // sparse_matmul, AVX-512 (F, VL).
 // Idea     bitmap: vexpandps from memory, 16 values at once. sell: one gather for 16 outputs.
-//          panels: one broadcast weight meets up to 64 rows of x, 4 FMAs with memory operands.
+//          panels: one broadcast weight meets up to 32 rows of x, 2 FMAs with memory operands.
 // Tile     bitmap: 32 outputs x 1 to 4 rows, 2 zmm sums a row. sell: 16 outputs x 1 to 3 rows.
-//          panels: 8 zmm sums: 2 outputs x 64 rows, 4 x 32, 8 x 16.
+//          panels: 8 outputs x 32 rows (16 zmm sums) or 16.
 // Reads    formats/bitmap32.h, sell16.h, panels128.h; vexpandps reads no more than the values it uses.
 // Tails    outputs: partly stored; k: none is padded; rows: smaller instances, 8 rows by the avx2 row.
 // Measured docs/kernels/sparse_matmul.md

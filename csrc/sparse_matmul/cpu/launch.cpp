@@ -99,8 +99,8 @@ void fill_panels(const Kernels& kernels, const LinearArgs& args, const Panels& p
   for (int64_t r = 0; r < p.rows; r += p.lanes, x += panel_floats(args, p.lanes)) {
     const int64_t rows = std::min(p.lanes, p.rows - r), dense = rows < p.lanes ? begin : k;
     std::memset(x + dense * p.lanes, 0, static_cast<size_t>((end - dense) * p.lanes) * sizeof(float));
-    kernels.transpose({args.x + (p.row + r) * args.x_stride + begin, args.x_stride, rows, k - begin,
-                       x + begin * p.lanes, p.lanes});
+    kernels.transpose(
+        {args.x + (p.row + r) * args.x_stride + begin, args.x_stride, rows, k - begin, x + begin * p.lanes, p.lanes});
   }
 }
 

@@ -101,8 +101,8 @@ struct Indices {
   }
 };
 
-// One step of rows kFrom to kFrom + kRows of a group: every row's weight times the row of the panel that its index says.
-// `four` comes back as the weights of the last rows.
+// One step of rows kFrom to kFrom + kRows of a group: every row's weight times the row of the panel that its index
+// says. `four` comes back as the weights of the last rows.
 template <int kFrom, int kVecs, class Index>
 inline void multiply_add(Rows<kVecs, 0>&, const float* value, const Index&, const float*, Four* four) {
   *four = Four(value + kFrom / 4 * 4);
@@ -136,8 +136,8 @@ template <int kVecs, int kRows, int kFrom = 0>
     walk<kVecs, kRows, kFrom + kRows>(value, index, steps, panel, order, first, sums);
 }
 
-// Panels of kVecs vectors; kRows of the 8 outputs of a group at a time. A block of the weight meets all panels before the
-// next one: it is read from memory once.
+// Panels of kVecs vectors; kRows of the 8 outputs of a group at a time. A block of the weight meets all panels before
+// the next one: it is read from memory once.
 template <int kVecs, int kRows>
 void panel_lanes(const PanelArgs& a) {
   const Pack& p = a.pack;
@@ -152,7 +152,8 @@ void panel_lanes(const PanelArgs& a) {
       at = begin;
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t steps = at_most(order[width + g], p.total - at);
-        walk<kVecs, kRows>(p.value + at * kGroup, p.index + at * kGroup, steps, panel, order + g * kGroup, b == 0, sums);
+        walk<kVecs, kRows>(p.value + at * kGroup, p.index + at * kGroup, steps, panel, order + g * kGroup, b == 0,
+                           sums);
         at += steps;
       }
     }

@@ -144,7 +144,8 @@ std::string damage(const PackHeader& h, const Pack& p, const uint8_t* bytes) {
         const int64_t row = order[place], steps = order[l.width + place / kGroup], lane = place % kGroup;
         if (row >= l.width || seen[row]) return damaged("an order that is not a permutation");
         seen[row] = true;
-        if (static_cast<uint64_t>(steps) > p.offset[c + 1] - used) return damaged("steps that do not match the offsets");
+        if (static_cast<uint64_t>(steps) > p.offset[c + 1] - used)
+          return damaged("steps that do not match the offsets");
         int64_t count;
         error = row_damage(p, b * kBlockK, used, steps, lane, &count);
         if (!error.empty()) return error;

@@ -4,7 +4,8 @@
 //   W = panel_width(N)        at most 256, a multiple of 8; C = ceil(N/W), B = ceil(K/192)
 //   u64 offset[C+1]           first step of each chunk; offset[C] = steps
 //   u8 order[C][B][W+W/8]     the rows of the chunk, 0 .. W-1 (also those >= N), in descending order of non-zeros in
-//                             this block (ties: ascending), then the steps of each group: the non-zeros of its first row
+//                             this block (ties: ascending), then the steps of each group: the non-zeros of its first
+//                             row
 //   u8 index[steps][8]        k % 192, by chunk, block, group, step, row of the group; k of a row ascends. A row that
 //                             has ended: its last index again, 0 if it has none
 //   f32 value[steps][8]       as index; a row that has ended: +0
