@@ -35,7 +35,7 @@ void spoil(const std::string& name) {
 }
 
 std::vector<KernelInfo> kernel_infos() {
-  std::vector<KernelInfo> infos = kernels.infos([](const Kernels&) { return "4x32, 3x16, 64x1"; });
+  std::vector<KernelInfo> infos = kernels.infos([](const Kernels&) { return "4x32, 3x16, 32x8"; });
 #if defined(FASTSPARSE_WITH_CUDA)
   infos.push_back({"", sm80::kName, "cuda", "16x32, 128x128", true, true, sm80::kProven});
 #endif

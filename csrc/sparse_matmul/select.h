@@ -22,7 +22,13 @@ std::vector<KernelInfo> kernel_infos();
 void spoil(const std::string& name);
 
 // The rows of the next panel of x when so many are left: the widest that they fill, 8 for the last ones.
-inline int64_t panel_lanes(int64_t left) { return left > 32 ? 64 : left > 16 ? 32 : left > 8 ? 16 : 8; }
+inline int64_t panel_lanes(int64_t left) { return left > 16 ? 32 : left > 8 ? 16 : 8; }
+
+// Threads that have rows of their own get multiples of so many.
+inline constexpr int64_t kRowsShare = 16;
+
+// Elements of x from which threads fill the panels together: it takes a second parallel region, 1 to 3 us.
+inline constexpr int64_t kSharedPanels = int64_t{1} << 17;
 
 // True: the work is too small for a second thread.
 inline bool one_thread(int64_t m, int64_t stored) { return m * stored < (int64_t{1} << 16); }

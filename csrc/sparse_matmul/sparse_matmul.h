@@ -9,8 +9,9 @@
 //
 // Memory: a pack's bytes may be anything once its header and size have passed (formats::view). No index can leave its
 // block: k is a u8 into a panel that goes on for 256, or a u16 into a row of 65536; rows are u8 inside a padded chunk
-// of 256, or are compared with N; offsets and the position in the values are held below the total, behind which there
-// is room for what one step may read. Damaged bytes give wrong numbers and never an access outside.
+// of 256, or are compared with N; offsets, the position in the values and the steps of a group are held below the
+// total, behind which there is room for what one step of a bitmap may read. Damaged bytes give wrong numbers and never
+// an access outside.
 #pragma once
 #include <stdint.h>
 
@@ -21,30 +22,39 @@ namespace fs::sparse_matmul {
 
 inline constexpr int kBitmapRows = 4;        // rows of x that one pass over a bitmap32 pack serves
 inline constexpr int kFewSellRows = 3;       // the same of a sell16 pack: more would not fit the registers
-inline constexpr int64_t kPanelRows = 64;    // rows of x in the widest panel
+inline constexpr int64_t kPassRows = 64;     // rows of x that meet a panels128 pack in one pass: up to two panels
 inline constexpr int64_t kMaxSellK = 65536;  // u16 indices
 
 inline constexpr int64_t kBitmapColumns = 32;  // outputs of a bitmap32 block
 inline constexpr int64_t kSellRows = 16;       // outputs of a sell16 slice
 inline constexpr int64_t kSellStepBytes = 96;  // 16 f32, 16 u16
-inline constexpr int64_t kChunk = 256;         // outputs of a panels128 chunk
-inline constexpr int64_t kBlockK = 128;        // k of a panels128 block
+inline constexpr int64_t kChunk = 256;         // outputs of the widest panels128 chunk
+inline constexpr int64_t kGroup = 8;           // outputs of a panels128 group, which are stored step by step
+inline constexpr int64_t kBlockK = 192;        // k of a panels128 block
+inline constexpr int64_t kIndexReach = 256;    // what the indices of a damaged block can say
 inline constexpr int64_t kSlack = 512;         // floats behind the values that may be read
 
 // The codes of the layouts, in the header of a pack (formats/<layout>.h).
 enum Format : int { kBitmap32 = 2, kSell16 = 3, kPanels128 = 4 };
 
+// Outputs of each chunk of a panels128 pack (the last one has what is left): at most kChunk, and such that two threads
+// get equal shares.
+inline int64_t panel_width(int64_t n) {
+  const int64_t chunks = 2 * ((n + 2 * kChunk - 1) / (2 * kChunk));
+  return n == 0 ? kGroup : ((n + chunks - 1) / chunks + kGroup - 1) / kGroup * kGroup;
+}
+
 // A pack, taken apart by formats::view. Only the pointers of its format are set.
 struct Pack {
   int format;
   int64_t n, k;
-  int64_t total;           // stored values (bitmap32, panels128) or steps (sell16)
+  int64_t total;           // stored values (bitmap32) or steps (sell16: of 16 values, panels128: of 8)
   const uint64_t* offset;  // first value or step of each block, slice or chunk, and the total at last
   const uint32_t* mask;    // bitmap32: [blocks][k], bit j: output 32 * block + j
   const uint32_t* row;     // sell16: [slices][16], the output of each lane; N and above: none
   const uint8_t* step;     // sell16: [total][96]
-  const uint8_t* order;    // panels128: [chunks][k blocks][2][256]: rows, then their counts, descending
-  const uint8_t* index;    // panels128: [total], k inside the block
+  const uint8_t* order;    // panels128: [chunks][k blocks][W + W / 8]: the rows, then the steps of their groups
+  const uint8_t* index;    // panels128: [total][8], k inside the block
   const float* value;
 };
 
@@ -60,12 +70,15 @@ struct FewArgs {
   int64_t y_stride;
 };
 
-// One chunk of outputs for one panel of x: sums f32[kChunk][lanes], zeroed by the kernel, then written.
+// One chunk of outputs for `count` panels of x: sums f32[count][kChunk][lanes], of which the first panel_width(N)
+// outputs of each panel become x W^T. Reads no sums before it writes them.
 struct PanelArgs {
   Pack pack;
-  const float* panel;  // [K rounded up to kBlockK][lanes], x transposed; rows and k beyond x are zero. Another kBlockK
-                       // rows may be read if the pack is damaged.
-  int64_t lanes;       // 8, 16, 32 or 64
+  const float* panels;  // each [K rounded up to kBlockK][lanes], x transposed; rows and k beyond x are zero. Another
+                        // kIndexReach - kBlockK rows may be read if the pack is damaged.
+  int64_t panel_stride;
+  int64_t lanes;  // 8, 16 or 32
+  int64_t count;
   int64_t chunk;
   float* sums;
 };
@@ -94,7 +107,7 @@ struct Kernels {
   uint32_t features;
   void (*bitmap)(const FewArgs&);
   void (*sell)(const FewArgs&);
-  void (*panel)(const PanelArgs&);
+  void (*panels)(const PanelArgs&);
   void (*transpose)(const TransposeArgs&);
   void (*finish)(const FinishArgs&);
 };

@@ -30,8 +30,8 @@ struct Floats : Guarded {
 };
 
 void check(const std::vector<const Kernels*>& rows) {
-  const int64_t m = pick({1, 2, 3, 4, 5, 8, 9, 17, 33, 65}), n = pick({1, 15, 16, 31, 33, 64, 100, 257, 300});
-  const int64_t k = pick({0, 1, 3, 8, 63, 127, 128, 130, 300}), stride = k + pick({0, 3});
+  const int64_t m = pick({1, 2, 3, 4, 5, 8, 9, 17, 33, 50, 65}), n = pick({1, 15, 16, 31, 33, 64, 100, 257, 300, 520});
+  const int64_t k = pick({0, 1, 3, 8, 63, 191, 192, 193, 400}), stride = k + pick({0, 3});
   const int64_t percent = pick({0, 50, 90, 100});
   Floats x(m * stride), bias(n);
   std::vector<float> weight(static_cast<size_t>(n * k));

@@ -2,17 +2,18 @@
 // Idea     bitmap: vpshufb spreads four values after a nibble of the mask and writes zeros between them: no vexpandps
 //          needed, and where 256-bit operations are split in two (Zen 1), 128-bit ones cost nothing extra.
 //          sell: the sixteen elements of x are put together from scalar loads (gathers are slow here).
-//          panels: one broadcast weight meets up to 64 rows of x, 8 FMAs with memory operands.
+//          panels: one broadcast weight meets up to 32 rows of x, 4 FMAs with memory operands.
 // Tile     bitmap: 32 outputs x 1 row (8 xmm sums) or 2 (4 ymm sums a row), 16 outputs x 3 or 4 rows. sell: 16 outputs
 // x
-//          1 to 4 rows. panels: 8 ymm sums: 1 output x 64 rows, 2 x 32 or 4 x 16; 4 x 8.
+//          1 to 4 rows. panels: 8 ymm sums: 2 outputs x 32 rows, 4 x 16 or 8 x 8.
 // Reads    formats/bitmap32.h, sell16.h, panels128.h. Bitmap reads 16 bytes from each position in the values and 16 up
 // to it: kSlack makes room
 //          behind the last one, the sections of the pack before the first.
 // Tails    outputs: partly stored; k: none is padded; rows: smaller instances.
 // Bound    bitmap: 19 loads per 32 slots, 3 of them twice because they cross 32 bytes: 11 cycles, 13 reached. sell: 23
 // loads
-//          and 57 instructions per 16 non-zeros: 13 cycles, 14.5 reached. panels: 18 loads a non-zero and 64 rows.
+//          and 57 instructions per 16 non-zeros: 13 cycles, 14.5 reached. panels: 4 FMAs, 4 3/4 loads
+//          and a shuffle a non-zero and 32 rows.
 // Measured docs/kernels/sparse_matmul.md
 #include "../../runtime/simd/avx2.h"
 #include "../../runtime/simd/transpose8_avx.inl"
@@ -105,9 +106,20 @@ struct Wide {  // two ymm
   }
 };
 
+// Four weights in one load; a shuffle broadcasts one of them, and the load units are left to x.
+struct Four {
+  __m256 v;
+  explicit Four(const float* p) : v(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))) {}
+  template <int kLane>
+  __m256 at() const {
+    return _mm256_permute_ps(v, kLane * 0x55);
+  }
+};
+
 }  // namespace
 
 #include "kernels.inl"
+#include "panels.inl"
 
 namespace {
 
@@ -120,16 +132,15 @@ void bitmap(const FewArgs& a) {
   }
 }
 
-void panel(const PanelArgs& a) {
+void panels(const PanelArgs& a) {
   switch (a.lanes) {
-    case 8: return panel_lanes<1, 4>(a);
+    case 8: return panel_lanes<1, 8>(a);
     case 16: return panel_lanes<2, 4>(a);
-    case 32: return panel_lanes<4, 2>(a);
-    default: return panel_lanes<8, 1>(a);
+    default: return panel_lanes<4, 2>(a);
   }
 }
 
 }  // namespace
 
 const Kernels fs::sparse_matmul::kAvx2 = {
-    "avx2", fs::isa::Level::avx2, fs::isa::kLevelAvx2, &bitmap, &sell, &panel, &transpose, &finish};
+    "avx2", fs::isa::Level::avx2, fs::isa::kLevelAvx2, &bitmap, &sell, &panels, &transpose, &finish};

@@ -1,8 +1,8 @@
 // sparse_matmul, AVX-512 (F, VL).
 // Idea     bitmap: vexpandps from memory, 16 values at once. sell: one gather for 16 outputs.
-//          panels: one broadcast weight meets up to 64 rows of x, 4 FMAs with memory operands.
+//          panels: one broadcast weight meets up to 32 rows of x, 2 FMAs with memory operands.
 // Tile     bitmap: 32 outputs x 1 to 4 rows, 2 zmm sums a row. sell: 16 outputs x 1 to 3 rows.
-//          panels: 8 zmm sums: 2 outputs x 64 rows, 4 x 32, 8 x 16.
+//          panels: 8 outputs x 32 rows (16 zmm sums) or 16.
 // Reads    formats/bitmap32.h, sell16.h, panels128.h; vexpandps reads no more than the values it uses.
 // Tails    outputs: partly stored; k: none is padded; rows: smaller instances, 8 rows by the avx2 row.
 // Measured docs/kernels/sparse_matmul.md
@@ -33,9 +33,20 @@ struct Lanes {
 using Narrow = Lanes;
 using Wide = Lanes;
 
+// Four weights in one load; a shuffle broadcasts one of them, and the load units are left to x.
+struct Four {
+  __m512 v;
+  explicit Four(const float* p) : v(_mm512_broadcast_f32x4(_mm_loadu_ps(p))) {}
+  template <int kLane>
+  __m512 at() const {
+    return _mm512_permute_ps(v, kLane * 0x55);
+  }
+};
+
 }  // namespace
 
 #include "kernels.inl"
+#include "panels.inl"
 
 namespace {
 
@@ -96,16 +107,15 @@ void transpose_wide(const TransposeArgs& t) {
     transpose({t.in + rows * t.in_stride, t.in_stride, t.rows - rows, t.columns, t.out + rows, t.out_stride});
 }
 
-void panel(const PanelArgs& a) {
+void panels(const PanelArgs& a) {
   switch (a.lanes) {
-    case 8: return kAvx2.panel(a);  // half a zmm: that row has the kernel, and the same sums
+    case 8: return kAvx2.panels(a);  // half a zmm: that row has the kernel, and the same sums
     case 16: return panel_lanes<1, 8>(a);
-    case 32: return panel_lanes<2, 4>(a);
-    default: return panel_lanes<4, 2>(a);
+    default: return panel_lanes<2, 8>(a);
   }
 }
 
 }  // namespace
 
 const Kernels fs::sparse_matmul::kAvx512 = {
-    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panel, &transpose_wide, &finish};
+    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panels, &transpose_wide, &finish};

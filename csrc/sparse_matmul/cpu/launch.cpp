@@ -70,50 +70,103 @@ void linear_few(const Kernels& kernels, const LinearArgs& args) {
   if (!bitmap) finish_rows(kernels, args, 0, args.m, 0, w.n);  // a slice's outputs lie anywhere
 }
 
-// A thread's scratch: x transposed, the sums of a chunk, and these transposed back.
-struct PanelScratch {
-  float *x, *sums, *rows;
-  PanelScratch(int64_t lanes, int64_t padded_k) {
-    const int64_t chunk = kChunk * lanes, panel = (padded_k + kBlockK) * lanes;
-    x = reinterpret_cast<float*>(scratch(static_cast<size_t>(panel + 2 * chunk) * sizeof(float)));
-    sums = x + panel;
-    rows = sums + chunk;
-  }
+// Rows [row, row + rows) of x, to be transposed into `count` panels of `lanes` rows that meet the weight in one pass.
+struct Panels {
+  int64_t row, rows, lanes, count;
 };
 
-// Chunks [begin, end) of outputs for rows [row_begin, row_end) of x.
-void linear_panels_part(const Kernels& kernels, const LinearArgs& args, int64_t row_begin, int64_t row_end,
-                        int64_t begin, int64_t end) {
-  const Pack& w = args.weight;
-  const int64_t padded_k = ceil_div(w.k, kBlockK) * kBlockK;
-  const PanelScratch s(panel_lanes(row_end - row_begin), padded_k);
-  for (int64_t row = row_begin; row < row_end;) {
-    const int64_t lanes = panel_lanes(row_end - row), rows = std::min(lanes, row_end - row);
-    if (rows < lanes) std::memset(s.x, 0, static_cast<size_t>(padded_k * lanes) * sizeof(float));
-    kernels.transpose({args.x + row * args.x_stride, args.x_stride, rows, w.k, s.x, lanes});
-    std::memset(s.x + w.k * lanes, 0, static_cast<size_t>((padded_k - w.k) * lanes) * sizeof(float));
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      kernels.panel({w, s.x, lanes, chunk, s.sums});
-      const int64_t column = chunk * kChunk, columns = std::min(kChunk, w.n - column);
-      kernels.transpose({s.sums, lanes, columns, rows, s.rows, kChunk});
-      for (int64_t r = 0; r < rows; ++r)
-        kernels.finish({s.rows + r * kChunk, args.bias == nullptr ? nullptr : args.bias + column, args.activation,
-                        columns, args.y + (row + r) * w.n + column});
-    }
-    row += rows;
+// The widest panels first.
+template <class Body>
+void each_pass(int64_t begin, int64_t end, const Body& body) {
+  while (begin < end) {
+    // The last panel may be filled to a half and one row: it would be no narrower alone.
+    const int64_t left = end - begin, lanes = panel_lanes(left), fit = (left + lanes / 2 - 1) / lanes;
+    const int64_t count = std::clamp(fit, int64_t{1}, kPassRows / lanes), rows = std::min(count * lanes, left);
+    body(Panels{begin, rows, lanes, count});
+    begin += rows;
   }
 }
 
-void linear_panels(const Kernels& kernels, const LinearArgs& args) {
-  const int64_t chunks = ceil_div(args.weight.n, kChunk), panels = ceil_div(args.m, kPanelRows);
-  const bool alone = one_thread(args.m, args.weight.total);
-  if (panels >= num_threads() || chunks == 1) {
-    split(panels, alone, [&](int64_t begin, int64_t end) {
-      linear_panels_part(kernels, args, begin * kPanelRows, std::min(end * kPanelRows, args.m), 0, chunks);
-    });
-  } else {
-    split(chunks, alone, [&](int64_t begin, int64_t end) { linear_panels_part(kernels, args, 0, args.m, begin, end); });
+int64_t padded_k(const LinearArgs& args) { return ceil_div(args.weight.k, kBlockK) * kBlockK; }
+
+// Floats of a panel of x, with what a damaged pack may read behind it.
+int64_t panel_floats(const LinearArgs& args, int64_t lanes) { return (padded_k(args) + kIndexReach - kBlockK) * lanes; }
+
+// Columns [begin, end) of x, up to the padded K, into the panels.
+void fill_panels(const Kernels& kernels, const LinearArgs& args, const Panels& p, int64_t begin, int64_t end,
+                 float* x) {
+  const int64_t k = std::max(begin, std::min(end, args.weight.k));
+  for (int64_t r = 0; r < p.rows; r += p.lanes, x += panel_floats(args, p.lanes)) {
+    const int64_t rows = std::min(p.lanes, p.rows - r), dense = rows < p.lanes ? begin : k;
+    std::memset(x + dense * p.lanes, 0, static_cast<size_t>((end - dense) * p.lanes) * sizeof(float));
+    kernels.transpose(
+        {args.x + (p.row + r) * args.x_stride + begin, args.x_stride, rows, k - begin, x + begin * p.lanes, p.lanes});
   }
+}
+
+// Rows of y that are transposed back at a time: they then go from L1 to y one after the other. Transposed straight into
+// y, 16 rows that lie 4 KB apart push each other out of L1 (N = 4096: 3 times slower).
+constexpr int64_t kRowsBack = 16;
+constexpr int64_t kSumsFloats = kChunk * (kPassRows + kRowsBack);
+
+// Chunks [begin, end) of outputs for one pass; `sums` has room for kSumsFloats.
+void pass(const Kernels& kernels, const LinearArgs& args, const Panels& p, const float* x, int64_t begin, int64_t end,
+          float* sums) {
+  const Pack& w = args.weight;
+  float* const back = sums + kChunk * kPassRows;
+  const int64_t width = panel_width(w.n);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    kernels.panels({w, x, panel_floats(args, p.lanes), p.lanes, p.count, chunk, sums});
+    const int64_t column = chunk * width, columns = std::min(width, w.n - column);
+    for (int64_t r = 0; r < p.rows; r += kRowsBack) {
+      const int64_t rows = std::min({kRowsBack, p.rows - r, p.lanes});
+      kernels.transpose({sums + r / p.lanes * kChunk * p.lanes + r % p.lanes, p.lanes, columns, rows, back, kChunk});
+      for (int64_t i = 0; i < rows; ++i)
+        kernels.finish({back + i * kChunk, args.bias == nullptr ? nullptr : args.bias + column, args.activation,
+                        columns, args.y + (p.row + r + i) * w.n + column});
+    }
+  }
+}
+
+template <int kSlot = 0>
+float* scratch_floats(int64_t count) {
+  return reinterpret_cast<float*>(scratch<kSlot>(static_cast<size_t>(count) * sizeof(float)));
+}
+
+void linear_panels(const Kernels& kernels, const LinearArgs& args) {
+  const int64_t chunks = ceil_div(args.weight.n, panel_width(args.weight.n)), k = padded_k(args);
+  const bool alone = one_thread(args.m, args.weight.total * kGroup);
+  const auto part = [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    float* const x = scratch_floats(kSumsFloats + panel_floats(args, kPassRows)) + kSumsFloats;
+    each_pass(row_begin, row_end, [&](const Panels& p) {
+      fill_panels(kernels, args, p, 0, k, x);
+      pass(kernels, args, p, x, begin, end, x - kSumsFloats);
+    });
+  };
+  if (alone || chunks == 1 || args.m >= kPassRows * num_threads())  // each thread has rows of its own
+    return split(ceil_div(args.m, kRowsShare), alone, [&](int64_t begin, int64_t end) {
+      part(begin * kRowsShare, std::min(end * kRowsShare, args.m), 0, chunks);
+    });
+  // Each thread has outputs of its own, and its own panels if x is small.
+  if (args.m * k < kSharedPanels)
+    return split(chunks, alone, [&](int64_t begin, int64_t end) { part(0, args.m, begin, end); });
+  int64_t rows = 0;
+  each_pass(0, args.m, [&](const Panels& p) { rows += p.lanes * p.count; });
+  float* const panels = scratch_floats<1>(panel_floats(args, rows));
+  split(k / kBlockK, alone, [&](int64_t begin, int64_t end) {
+    float* x = panels;
+    each_pass(0, args.m, [&](const Panels& p) {
+      fill_panels(kernels, args, p, begin * kBlockK, end * kBlockK, x);
+      x += panel_floats(args, p.lanes * p.count);
+    });
+  });
+  split(chunks, alone, [&](int64_t begin, int64_t end) {
+    const float* x = panels;
+    each_pass(0, args.m, [&](const Panels& p) {
+      pass(kernels, args, p, x, begin, end, scratch_floats(kSumsFloats));
+      x += panel_floats(args, p.lanes * p.count);
+    });
+  });
 }
 
 }  // namespace

@@ -47,9 +47,19 @@ inline void transpose8x8(const float* in, int64_t in_stride, float* out, int64_t
     for (int64_t j = 0; j < 8; ++j) out[j * out_stride + i] = in[i * in_stride + j];
 }
 
+struct Four {
+  const float* p;
+  explicit Four(const float* from) : p(from) {}
+  template <int kLane>
+  float at() const {
+    return p[kLane];
+  }
+};
+
 }  // namespace
 
 #include "kernels.inl"
+#include "panels.inl"
 
 namespace {
 
@@ -62,16 +72,15 @@ void bitmap(const FewArgs& a) {
   }
 }
 
-void panel(const PanelArgs& a) {
+void panels(const PanelArgs& a) {
   switch (a.lanes) {
     case 8: return panel_lanes<8, 1>(a);
     case 16: return panel_lanes<16, 1>(a);
-    case 32: return panel_lanes<32, 1>(a);
-    default: return panel_lanes<64, 1>(a);
+    default: return panel_lanes<32, 1>(a);
   }
 }
 
 }  // namespace
 
 const Kernels fs::sparse_matmul::kScalar = {
-    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap, &sell, &panel, &transpose, &finish};
+    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap, &sell, &panels, &transpose, &finish};

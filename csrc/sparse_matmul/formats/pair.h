@@ -6,15 +6,15 @@
 //   first pack    any other float32 layout, header and all; its size, in its own header, is a multiple of 64
 //   second pack   likewise, of another layout, to the end
 //
-// N * K is at most 64 times the bytes, so that a reader may lay both packs out to compare them: what bitmap32 or
-// panels128 is part of holds 1/64 of a byte a weight at least.
+// N * K is at most 171 times the bytes, so that a reader may lay both packs out to compare them: what bitmap32 or
+// panels128 is part of holds 9/8 of a byte per 192 weights at least.
 #pragma once
 #include "packed_format.h"
 
 namespace fs::sparse_matmul::formats {
 
 inline constexpr int kPair = 13;
-inline constexpr int64_t kPairWeightsPerByte = 64;
+inline constexpr int64_t kPairWeightsPerByte = 171;
 
 // Takes apart the pack that serves `rows` rows of x. Empty if the headers and sizes are right; else what is wrong.
 std::string view_pair(const PackHeader& header, const uint8_t* bytes, int64_t size, int64_t rows, Pack* out);

@@ -1,47 +1,81 @@
 #include "panels128.h"
 
+#include <cstring>
+
 namespace fs::sparse_matmul::formats {
 namespace {
 
 // Where each section begins.
 struct Layout {
-  int64_t chunks, blocks, offset, order, index, value, end;
-  Layout(int64_t n, int64_t k, int64_t total)
-      : chunks(ceil_div(n, kChunk)),
+  int64_t width, groups, chunks, blocks, table, offset, order, index, value, end;
+  Layout(int64_t n, int64_t k, int64_t steps)
+      : width(panel_width(n)),
+        groups(width / kGroup),
+        chunks(ceil_div(n, width)),
         blocks(ceil_div(k, kBlockK)),
+        table(width + groups),
         offset(kPackHeaderBytes),
         order(offset + round64(8 * (chunks + 1))),
-        index(order + round64(2 * kChunk * chunks * blocks)),
-        value(index + round64(total + kSlack)),
-        end(value + round64(4 * (total + kSlack))) {}
+        index(order + round64(table * chunks * blocks)),
+        value(index + round64(kGroup * steps)),
+        end(value + round64(4 * kGroup * steps)) {}
 };
 
+// The rows of a chunk, in a block of k, as they are stored.
+struct Sorted {
+  std::vector<int64_t> count;
+  std::vector<uint32_t> order;
+  Sorted(const Source& s, const Layout& l, int64_t chunk, int64_t block) : count(static_cast<size_t>(l.width)) {
+    const int64_t k = block * kBlockK, end = std::min(k + kBlockK, s.k);
+    for (int64_t r = 0; r < l.width; ++r) count[static_cast<size_t>(r)] = s.count(chunk * l.width + r, k, end);
+    order = descending(count);
+  }
+  int64_t row(int64_t place) const { return order[static_cast<size_t>(place)]; }
+  int64_t steps(int64_t group) const { return count[order[static_cast<size_t>(group * kGroup)]]; }
+};
+
+// The k % 128 and the values of one row, 8 apart, and zeros up to `steps`.
+void fill_row(const Source& s, int64_t row, int64_t k, int64_t steps, uint8_t* index, float* value) {
+  const int64_t end = row < s.n ? std::min(k + kBlockK, s.k) : k;
+  int64_t step = 0;
+  for (int64_t i = k; i < end; ++i) {
+    const float w = s.at(row, i);
+    if (w == 0.0f) continue;
+    index[step * kGroup] = static_cast<uint8_t>(i - k);
+    value[step++ * kGroup] = w;
+  }
+  for (const uint8_t last = step > 0 ? index[(step - 1) * kGroup] : uint8_t{0}; step < steps; ++step)
+    index[step * kGroup] = last;
+}
+
 std::vector<uint8_t> pack(const Source& s) {
-  const int64_t nonzeros = s.nonzeros();
-  const Layout l(s.n, s.k, nonzeros);
-  std::vector<uint8_t> out = begin_pack(kPanels128Format, s, nonzeros, l.end);
+  const Layout empty(s.n, s.k, 0);
+  int64_t steps = 0;
+  for (int64_t chunk = 0; chunk < empty.chunks; ++chunk)
+    for (int64_t block = 0; block < empty.blocks; ++block) {
+      const Sorted sorted(s, empty, chunk, block);
+      for (int64_t g = 0; g < empty.groups; ++g) steps += sorted.steps(g);
+    }
+  const Layout l(s.n, s.k, steps);
+  std::vector<uint8_t> out = begin_pack(kPanels128Format, s, s.nonzeros(), l.end);
   auto* offset = reinterpret_cast<uint64_t*>(out.data() + l.offset);
   auto* value = reinterpret_cast<float*>(out.data() + l.value);
   uint8_t *order = out.data() + l.order, *index = out.data() + l.index;
   uint64_t used = 0;
-  std::vector<int64_t> count(kChunk);
   for (int64_t chunk = 0; chunk < l.chunks; ++chunk) {
     offset[chunk] = used;
-    for (int64_t k = 0; k < s.k; k += kBlockK, order += 2 * kChunk) {
-      const int64_t end = std::min(k + kBlockK, s.k);
-      for (int64_t r = 0; r < kChunk; ++r) count[static_cast<size_t>(r)] = s.count(chunk * kChunk + r, k, end);
-      const std::vector<uint32_t> sorted = descending(count);
-      for (int64_t place = 0; place < kChunk; ++place) {
-        const uint32_t r = sorted[static_cast<size_t>(place)];
-        order[place] = static_cast<uint8_t>(r);
-        order[kChunk + place] = static_cast<uint8_t>(count[r]);
-        if (count[r] == 0) continue;
-        for (int64_t i = k; i < end; ++i) {
-          const float w = s.at(chunk * kChunk + r, i);
-          if (w == 0.0f) continue;
-          index[used] = static_cast<uint8_t>(i - k);
-          value[used++] = w;
+    for (int64_t block = 0; block < l.blocks; ++block, order += l.table) {
+      const Sorted sorted(s, l, chunk, block);
+      for (int64_t place = 0; place < l.width; ++place) order[place] = static_cast<uint8_t>(sorted.row(place));
+      for (int64_t g = 0; g < l.groups; ++g) {
+        const int64_t group_steps = sorted.steps(g);
+        order[l.width + g] = static_cast<uint8_t>(group_steps);
+        for (int64_t lane = 0; lane < kGroup; ++lane) {
+          const int64_t at = static_cast<int64_t>(used) * kGroup + lane;
+          fill_row(s, chunk * l.width + sorted.row(g * kGroup + lane), block * kBlockK, group_steps, index + at,
+                   value + at);
         }
+        used += static_cast<uint64_t>(group_steps);
       }
     }
   }
@@ -50,14 +84,19 @@ std::vector<uint8_t> pack(const Source& s) {
 }
 
 std::string view(const PackHeader& h, const uint8_t* bytes, int64_t size, Pack* out) {
-  const Layout l(h.n, h.k, h.nonzeros);
+  const Layout empty(h.n, h.k, 0);
+  if (empty.end > size) return "got " + std::to_string(size) + " bytes, expected at least " + std::to_string(empty.end);
+  uint64_t steps;  // their number stands behind the last chunk
+  std::memcpy(&steps, bytes + empty.offset + 8 * empty.chunks, 8);
+  if (steps > static_cast<uint64_t>(size)) return "got a damaged table: " + std::to_string(steps) + " steps";
+  const Layout l(h.n, h.k, static_cast<int64_t>(steps));
   const std::string error = size_error(h, size, l.end);
   if (!error.empty()) return error;
   *out = {};
   out->format = kPanels128;
   out->n = h.n;
   out->k = h.k;
-  out->total = h.nonzeros;
+  out->total = static_cast<int64_t>(steps);
   out->offset = reinterpret_cast<const uint64_t*>(bytes + l.offset);
   out->order = bytes + l.order;
   out->index = bytes + l.index;
@@ -65,52 +104,83 @@ std::string view(const PackHeader& h, const uint8_t* bytes, int64_t size, Pack* 
   return "";
 }
 
-std::string damage(const PackHeader&, const Pack& p, const uint8_t* bytes) {
+bool positive_zero(float w) {
+  uint32_t bits;
+  std::memcpy(&bits, &w, 4);
+  return bits == 0;
+}
+
+// One row of a group in a block that begins at k; empty, and its number of non-zeros, if all is right.
+std::string row_damage(const Pack& p, int64_t k, uint64_t begin, int64_t steps, int64_t lane, int64_t* count) {
+  int last = -1;
+  *count = 0;
+  for (int64_t i = 0; i < steps; ++i) {
+    const int64_t at = (static_cast<int64_t>(begin) + i) * kGroup + lane;
+    const int index = p.index[at];
+    if (p.value[at] == 0.0f) {
+      if (!positive_zero(p.value[at]) || index != std::max(last, 0)) return damaged("padding that is not zero");
+      continue;
+    }
+    if (*count != i || index <= last || index >= kBlockK || k + index >= p.k)
+      return damaged("indices that do not ascend below K");
+    last = index;
+    ++*count;
+  }
+  return "";
+}
+
+std::string damage(const PackHeader& h, const Pack& p, const uint8_t* bytes) {
   const Layout l(p.n, p.k, p.total);
-  const std::string error = offsets_damage(p.offset, l.chunks, p.total);
+  std::string error = offsets_damage(p.offset, l.chunks, p.total);
   if (!error.empty()) return error;
+  int64_t nonzeros = 0;
   for (int64_t c = 0; c < l.chunks; ++c) {
     uint64_t used = p.offset[c];
     for (int64_t b = 0; b < l.blocks; ++b) {
-      const uint8_t* order = p.order + (c * l.blocks + b) * 2 * kChunk;
+      const uint8_t* order = p.order + (c * l.blocks + b) * l.table;
       bool seen[kChunk] = {};
-      int before = kBlockK, row_before = -1;
-      for (int64_t place = 0; place < kChunk; ++place) {
-        const int row = order[place], count = order[kChunk + place];
-        if (seen[row]) return damaged("an order that is not a permutation");
+      int64_t before = kBlockK, row_before = -1;
+      for (int64_t place = 0; place < l.width; ++place) {
+        const int64_t row = order[place], steps = order[l.width + place / kGroup], lane = place % kGroup;
+        if (row >= l.width || seen[row]) return damaged("an order that is not a permutation");
         seen[row] = true;
+        if (static_cast<uint64_t>(steps) > p.offset[c + 1] - used)
+          return damaged("steps that do not match the offsets");
+        int64_t count;
+        error = row_damage(p, b * kBlockK, used, steps, lane, &count);
+        if (!error.empty()) return error;
+        if (lane == 0 && count != steps) return damaged("a group longer than its first row");
         if (count > before || (count == before && row < row_before)) return damaged("rows that are not sorted");
-        if (count != 0 && c * kChunk + row >= p.n) return damaged("values beyond N");
+        if (count != 0 && c * l.width + row >= p.n) return damaged("values beyond N");
         before = count;
         row_before = row;
-        if (static_cast<uint64_t>(count) > p.offset[c + 1] - used)
-          return damaged("counts that do not match the offsets");
-        int last = -1;
-        for (int i = 0; i < count; ++i, ++used) {
-          const int k = p.index[used];
-          if (k <= last || k >= kBlockK || b * kBlockK + k >= p.k) return damaged("indices that do not ascend below K");
-          last = k;
-        }
+        nonzeros += count;
+        if (lane == kGroup - 1) used += static_cast<uint64_t>(steps);
       }
     }
-    if (used != p.offset[c + 1]) return damaged("counts that do not match the offsets");
+    if (used != p.offset[c + 1]) return damaged("steps that do not match the offsets");
   }
+  if (nonzeros != h.nonzeros) return damaged("values that do not match the header's non-zeros");
   if (!all_zero(bytes + l.offset + 8 * (l.chunks + 1), bytes + l.order) ||
-      !all_zero(bytes + l.order + 2 * kChunk * l.chunks * l.blocks, bytes + l.index) ||
-      !all_zero(p.index + p.total, bytes + l.value))
+      !all_zero(bytes + l.order + l.table * l.chunks * l.blocks, bytes + l.index) ||
+      !all_zero(p.index + kGroup * p.total, bytes + l.value) ||
+      !all_zero(bytes + l.value + 4 * kGroup * p.total, bytes + l.end))
     return damaged(kGap);
-  return values_damage(p.value, p.total, bytes + l.end);
+  return "";
 }
 
 void unpack(const Pack& p, float* weight) {
-  const int64_t blocks = ceil_div(p.k, kBlockK);
-  int64_t used = 0;
-  for (int64_t group = 0; group < ceil_div(p.n, kChunk) * blocks; ++group) {
-    const uint8_t* order = p.order + group * 2 * kChunk;
-    for (int64_t place = 0; place < kChunk; ++place)
-      for (int i = 0; i < order[kChunk + place]; ++i, ++used)
-        weight[(group / blocks * kChunk + order[place]) * p.k + group % blocks * kBlockK + p.index[used]] =
-            p.value[used];
+  const Layout l(p.n, p.k, p.total);
+  int64_t step = 0;
+  for (int64_t part = 0; part < l.chunks * l.blocks; ++part) {
+    const uint8_t* order = p.order + part * l.table;
+    for (int64_t g = 0; g < l.groups; ++g)
+      for (const int64_t end = step + order[l.width + g]; step < end; ++step)
+        for (int64_t lane = 0; lane < kGroup; ++lane) {
+          const float w = p.value[step * kGroup + lane];
+          const int64_t row = part / l.blocks * l.width + order[g * kGroup + lane];
+          if (w != 0.0f) weight[row * p.k + part % l.blocks * kBlockK + p.index[step * kGroup + lane]] = w;
+        }
   }
 }
 
