@@ -24,7 +24,7 @@ MAX_SELL_K = 65536  # kMaxSellK in csrc/sparse_matmul/sparse_matmul.h
 SELL_ROWS = 2
 BITMAP_ROWS = 4
 BITMAP_DENSITY = 0.4
-PAIR_WEIGHTS_PER_BYTE = 64  # kPairWeightsPerByte in csrc/sparse_matmul/formats/pair.h
+PAIR_WEIGHTS_PER_BYTE = 171  # kPairWeightsPerByte in csrc/sparse_matmul/formats/pair.h
 
 _sparse_linear = torch.ops.fastsparse.sparse_linear.default
 _sparse_linear_train = torch.ops.fastsparse.sparse_linear_train.default
