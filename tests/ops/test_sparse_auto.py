@@ -266,7 +266,7 @@ def test_each_half_serves_its_rows() -> None:
 def test_a_weight_too_empty_for_a_pair_gets_one_format() -> None:
     w = torch.zeros(16, 65536)
     w[3, 5] = 1
-    assert ops.describe(pair(w, SELL, "panels128"))["format"] == "pair"  # panels128 has 1/64 of a byte a weight
+    assert ops.describe(pair(w, SELL, "panels128"))["format"] == "pair"  # panels128 has 9/8 of a byte per 192 weights
     assert ops.describe(sparse_matmul._pack_two(w, SELL, SELL, 1))["format"] == SELL
 
 

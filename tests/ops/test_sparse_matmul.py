@@ -192,8 +192,8 @@ def pack_restated(w: np.ndarray, format: str) -> bytes:
             offset.append(len(steps) // 96)
         tail = pad(middle) + pad(steps)
     else:
-        chunks = 2 * -(-n // 512)
-        width = -(-(-(-n // chunks)) // 8) * 8 if n else 8
+        chunks = 2 * ((n + 511) // 512)
+        width = ((n + chunks - 1) // chunks + 7) // 8 * 8 if n else 8
         for c in range(0, n, width):
             for b in range(0, k, 192):
                 part = np.zeros((width, 192), np.float32)
