@@ -31,10 +31,10 @@ struct SampleArgs {
   const uint32_t* start;  // [kChunk], by row in that order: the place of its first value
   const uint8_t* index;   // [nonzeros] by place: columns in the block; kSlack more may be read
   int64_t nonzeros;
-  const float* p;    // [kChunk][lanes]
-  const float* q;    // [kBlockK][lanes]; another kBlockK rows may be read if the structure is damaged
-  int64_t lanes;     // 16, 32 or 64
-  bool add;          // to what values holds
+  const float* p;  // [kChunk][lanes]
+  const float* q;  // [kBlockK][lanes]; another kBlockK rows may be read if the structure is damaged
+  int64_t lanes;   // 16, 32 or 64
+  bool add;        // to what values holds
   float* values;
 };
 

@@ -134,14 +134,8 @@ Tensor product_cpu(Tensor x, Tensor structure, Tensor values, int64_t n, bool tr
   for (int64_t i = 0; i + 1 < dims; ++i) m *= shape[i] = x.size(i);
   shape[dims - 1] = outer;
   Tensor y = empty(x, shape, dims, ScalarType::Float);
-  product(select(), {&view,
-                     floats(kept),
-                     transposed,
-                     floats(rows),
-                     strided ? x.stride(0) : inner,
-                     m,
-                     bias.has_value() ? floats(kept_bias) : nullptr,
-                     static_cast<Activation>(activation),
+  product(select(), {&view, floats(kept), transposed, floats(rows), strided ? x.stride(0) : inner, m,
+                     bias.has_value() ? floats(kept_bias) : nullptr, static_cast<Activation>(activation),
                      static_cast<float*>(y.mutable_data_ptr())});
   return y;
 }

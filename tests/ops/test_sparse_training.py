@@ -127,7 +127,9 @@ def test_strides() -> None:
     twice = torch.stack([values, values], 1)[:, 0]
     assert same_bits(ops.spmm(structure, twice, dense), ops.spmm(structure, values, dense))
     x = torch.randn(2, 3, 23)
-    assert same_bits(ops.sparse_linear(x, structure, values=values)[1], ops.sparse_linear(x[1], structure, values=values))
+    assert same_bits(
+        ops.sparse_linear(x, structure, values=values)[1], ops.sparse_linear(x[1], structure, values=values)
+    )
     half = torch.randn(5, 23).bfloat16()
     got = ops.sparse_linear(half, structure, values=values)
     assert same_bits(got, ops.sparse_linear(half.float(), structure, values=values).bfloat16())

@@ -1,5 +1,5 @@
-// The body of Kernels::sample (training.h): dot products of rows of two panels, where a structure has a value. Before this the
-// level brings  struct Dot:
+// The body of Kernels::sample (training.h): dot products of rows of two panels, where a structure has a value. Before
+// this the level brings  struct Dot:
 //   F, kWidth                  a vector of so many lanes, 8 or 16
 //   load, mul, fma             of F
 //   Half                       four sums of 4 of the 16 lanes each, or of 8

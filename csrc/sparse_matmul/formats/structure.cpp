@@ -55,8 +55,7 @@ void fill_tables(const Csr& csr, uint8_t* out, const Layout& l) {
     for (int64_t block = 0; block < l.blocks; ++block, order += 2 * kChunk, start += kChunk) {
       for (int64_t r = 0; r < kChunk; ++r) {
         const int64_t* const from = csr.col + next[static_cast<size_t>(r)];
-        count[static_cast<size_t>(r)] =
-            std::lower_bound(from, csr.col + begin_of(r + 1), (block + 1) * kBlockK) - from;
+        count[static_cast<size_t>(r)] = std::lower_bound(from, csr.col + begin_of(r + 1), (block + 1) * kBlockK) - from;
       }
       const std::vector<uint32_t> sorted = descending(count);
       for (int64_t at = 0; at < kChunk; ++at) {
@@ -166,11 +165,10 @@ std::string view_structure(const uint8_t* bytes, int64_t size, StructureView* ou
   out->order = bytes + l.order;
   out->start = reinterpret_cast<const uint32_t*>(bytes + l.start);
   out->index = bytes + l.index;
-  std::string error = view_labelled(bytes + l.forward, static_cast<int64_t>(packs[0]), h.n, h.k, h.nonzeros,
-                                    &out->forward);
+  std::string error =
+      view_labelled(bytes + l.forward, static_cast<int64_t>(packs[0]), h.n, h.k, h.nonzeros, &out->forward);
   if (error.empty())
-    error = view_labelled(bytes + l.transposed, static_cast<int64_t>(packs[1]), h.k, h.n, h.nonzeros,
-                          &out->transposed);
+    error = view_labelled(bytes + l.transposed, static_cast<int64_t>(packs[1]), h.k, h.n, h.nonzeros, &out->transposed);
   return error.empty() ? "" : "got a damaged part: " + error;
 }
 

@@ -4,12 +4,14 @@
 // structure v1 (format 15, dtype 2, block 128), little-endian, the same on every ISA level; every section begins at a
 // multiple of 64, the gaps are zero. C = ceil(N/256) chunks of rows, B = ceil(K/128) blocks of columns.
 //   u64 bytes[2]               of the two packs below
-//   u8  order[C][B][2][256]    rows of the chunk in descending order of non-zeros in this block (ties: ascending; all of
+//   u8  order[C][B][2][256]    rows of the chunk in descending order of non-zeros in this block (ties: ascending; all
+//   of
 //                              0 .. 255, also those >= N), then their numbers of non-zeros
 //   u32 start[C][B][256]       by row in that order: the place of its first value in this block; 0 if there is none
 //   u8  index[nonzeros]        column % 128, by place
 //   u8  zero[512]              room
-//   pack                       panels128 (panels128.h) of W with labels in the place of values: the bits of the label of
+//   pack                       panels128 (panels128.h) of W with labels in the place of values: the bits of the label
+//   of
 //                              place i are 0x00800000 + i, a positive normal float, so that no label is a zero
 //   pack                       the same of W^T[K,N], with the same labels
 // So whatever panels128 looks like, a pass over the labels gives the values in its order; what is no label (padding,
@@ -63,7 +65,8 @@ std::vector<uint8_t> pack_structure(const Csr& csr);
 // Takes a structure apart. Empty if headers and sizes are right; else what is wrong, for "... must be a structure: ".
 std::string view_structure(const uint8_t* bytes, int64_t size, StructureView* out);
 
-// As view_structure(), then every byte: empty only for what pack_structure() writes. crow and col: as check_csr() wants.
+// As view_structure(), then every byte: empty only for what pack_structure() writes. crow and col: as check_csr()
+// wants.
 std::string read_structure(const uint8_t* bytes, int64_t size, std::vector<int64_t>* crow, std::vector<int64_t>* col);
 
 }  // namespace formats
