@@ -23,16 +23,20 @@ namespace fs::sparse_matmul {
 
 struct Kernels;
 
-inline constexpr int64_t kSampleRows = 64;  // rows m of a panel
+// The tables of a structure that sample() walks; they have nothing to do with the blocks of panels128.
+inline constexpr int64_t kSampleRows = 64;      // rows m of a panel
+inline constexpr int64_t kSampleOutputs = 256;  // rows of W in a chunk
+inline constexpr int64_t kSampleColumns = 128;  // columns of W in a block: 32 KB of a panel
+inline constexpr int64_t kSampleRoom = 512;     // indices behind the last one that may be read
 
-// One block (a chunk of kChunk rows of W, kBlockK columns) for one panel of m.
+// One block (a chunk of kSampleOutputs rows of W, kSampleColumns columns) for one panel of m.
 struct SampleArgs {
-  const uint8_t* order;   // [2][kChunk]: rows, then their numbers of values, descending
-  const uint32_t* start;  // [kChunk], by row in that order: the place of its first value
-  const uint8_t* index;   // [nonzeros] by place: columns in the block; kSlack more may be read
+  const uint8_t* order;   // [2][kSampleOutputs]: rows, then their numbers of values, descending
+  const uint32_t* start;  // [kSampleOutputs], by row in that order: the place of its first value
+  const uint8_t* index;   // [nonzeros] by place: columns in the block; kSampleRoom more may be read
   int64_t nonzeros;
-  const float* p;  // [kChunk][lanes]
-  const float* q;  // [kBlockK][lanes]; another kBlockK rows may be read if the structure is damaged
+  const float* p;  // [kSampleOutputs][lanes]
+  const float* q;  // [kSampleColumns][lanes]; another kSampleColumns rows may be read if the structure is damaged
   int64_t lanes;   // 16, 32 or 64
   bool add;        // to what values holds
   float* values;

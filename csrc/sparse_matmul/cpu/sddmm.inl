@@ -74,8 +74,8 @@ inline void prefetch_row(const float* p) {
 template <int kVecs, bool kAdd>
 void sample_rows(const SampleArgs& a) {
   constexpr int64_t kLanes = kVecs * 16;
-  for (int64_t at = 0; at < kChunk; ++at) {
-    int64_t count = a.order[kChunk + at];
+  for (int64_t at = 0; at < kSampleOutputs; ++at) {
+    int64_t count = a.order[kSampleOutputs + at];
     if (count == 0) break;  // descending: only zeros follow
     const int64_t start = a.start[at] < a.nonzeros ? static_cast<int64_t>(a.start[at]) : a.nonzeros;
     count = count < a.nonzeros - start ? count : a.nonzeros - start;

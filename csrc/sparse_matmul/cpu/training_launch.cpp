@@ -80,11 +80,11 @@ void sample(const Kernels& kernels, const SampleProductArgs& args) {
     std::memset(args.values, 0, static_cast<size_t>(s.nonzeros) * sizeof(float));
     return;
   }
-  const int64_t chunks = ceil_div(s.n, kChunk), blocks = ceil_div(s.k, kBlockK);
-  const int64_t padded_n = chunks * kChunk, padded_k = blocks * kBlockK;
+  const int64_t chunks = ceil_div(s.n, kSampleOutputs), blocks = ceil_div(s.k, kSampleColumns);
+  const int64_t padded_n = chunks * kSampleOutputs, padded_k = blocks * kSampleColumns;
   const bool alone = one_thread(args.m, s.nonzeros);
   const int64_t slab = std::min(kSlab, ceil_div(args.m, kSampleRows) * kSampleRows);
-  float* const p = float_scratch2(slab * (padded_n + padded_k) + kBlockK * kSampleRows);
+  float* const p = float_scratch2(slab * (padded_n + padded_k) + kSampleColumns * kSampleRows);
   float* const q = p + slab * padded_n;
   for (int64_t begin = 0; begin < args.m; begin += kSlab) {
     const int64_t rows = std::min(kSlab, args.m - begin), panels = ceil_div(rows, kSampleRows);
@@ -103,9 +103,9 @@ void sample(const Kernels& kernels, const SampleProductArgs& args) {
         const int64_t chunk = unit / blocks, block = unit % blocks;
         for (int64_t panel = 0; panel < panels; ++panel) {
           const int64_t row = panel * kSampleRows, lanes = sample_lanes(panel_rows(panel));
-          kernels.sample({s.order + unit * 2 * kChunk, s.start + unit * kChunk, s.index, s.nonzeros,
-                          p + row * padded_n + chunk * kChunk * lanes, q + row * padded_k + block * kBlockK * lanes,
-                          lanes, begin + panel > 0, args.values});
+          kernels.sample({s.order + unit * 2 * kSampleOutputs, s.start + unit * kSampleOutputs, s.index, s.nonzeros,
+                          p + row * padded_n + chunk * kSampleOutputs * lanes,
+                          q + row * padded_k + block * kSampleColumns * lanes, lanes, begin + panel > 0, args.values});
         }
       }
     });

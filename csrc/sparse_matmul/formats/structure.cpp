@@ -19,13 +19,13 @@ std::string text(int64_t value) { return std::to_string(value); }
 struct Layout {
   int64_t chunks, blocks, bytes, order, start, index, forward, transposed, end;
   Layout(int64_t n, int64_t k, int64_t nonzeros, int64_t forward_bytes, int64_t transposed_bytes)
-      : chunks(ceil_div(n, kChunk)),
-        blocks(ceil_div(k, kBlockK)),
+      : chunks(ceil_div(n, kSampleOutputs)),
+        blocks(ceil_div(k, kSampleColumns)),
         bytes(kPackHeaderBytes),
         order(bytes + 64),
-        start(order + round64(2 * kChunk * chunks * blocks)),
-        index(start + round64(4 * kChunk * chunks * blocks)),
-        forward(index + round64(nonzeros + kSlack)),
+        start(order + round64(2 * kSampleOutputs * chunks * blocks)),
+        index(start + round64(4 * kSampleOutputs * chunks * blocks)),
+        forward(index + round64(nonzeros + kSampleRoom)),
         transposed(forward + round64(forward_bytes)),
         end(transposed + round64(transposed_bytes)) {}
 };
@@ -47,21 +47,22 @@ std::vector<uint8_t> labelled(const Csr& csr, bool transposed) {
 void fill_tables(const Csr& csr, uint8_t* out, const Layout& l) {
   uint8_t *order = out + l.order, *index = out + l.index;
   auto* start = reinterpret_cast<uint32_t*>(out + l.start);
-  for (int64_t i = 0; i < csr.nonzeros; ++i) index[i] = static_cast<uint8_t>(csr.col[i] % kBlockK);
-  std::vector<int64_t> next(kChunk), count(kChunk);
+  for (int64_t i = 0; i < csr.nonzeros; ++i) index[i] = static_cast<uint8_t>(csr.col[i] % kSampleColumns);
+  std::vector<int64_t> next(kSampleOutputs), count(kSampleOutputs);
   for (int64_t chunk = 0; chunk < l.chunks; ++chunk) {
-    const auto begin_of = [&](int64_t r) { return csr.crow[std::min(chunk * kChunk + r, csr.n)]; };
-    for (int64_t r = 0; r < kChunk; ++r) next[static_cast<size_t>(r)] = begin_of(r);
-    for (int64_t block = 0; block < l.blocks; ++block, order += 2 * kChunk, start += kChunk) {
-      for (int64_t r = 0; r < kChunk; ++r) {
+    const auto begin_of = [&](int64_t r) { return csr.crow[std::min(chunk * kSampleOutputs + r, csr.n)]; };
+    for (int64_t r = 0; r < kSampleOutputs; ++r) next[static_cast<size_t>(r)] = begin_of(r);
+    for (int64_t block = 0; block < l.blocks; ++block, order += 2 * kSampleOutputs, start += kSampleOutputs) {
+      for (int64_t r = 0; r < kSampleOutputs; ++r) {
         const int64_t* const from = csr.col + next[static_cast<size_t>(r)];
-        count[static_cast<size_t>(r)] = std::lower_bound(from, csr.col + begin_of(r + 1), (block + 1) * kBlockK) - from;
+        count[static_cast<size_t>(r)] =
+            std::lower_bound(from, csr.col + begin_of(r + 1), (block + 1) * kSampleColumns) - from;
       }
       const std::vector<uint32_t> sorted = descending(count);
-      for (int64_t at = 0; at < kChunk; ++at) {
+      for (int64_t at = 0; at < kSampleOutputs; ++at) {
         const uint32_t r = sorted[static_cast<size_t>(at)];
         order[at] = static_cast<uint8_t>(r);
-        order[kChunk + at] = static_cast<uint8_t>(count[r]);
+        order[kSampleOutputs + at] = static_cast<uint8_t>(count[r]);
         if (count[r] != 0) start[at] = static_cast<uint32_t>(next[r]);
         next[r] += count[r];
       }
@@ -121,7 +122,7 @@ std::vector<uint8_t> pack_structure(const Csr& csr) {
   header.format = kStructure;
   header.version = kStructureVersion;
   header.dtype = kDTypeF32;
-  header.block = kBlockK;
+  header.block = kSampleColumns;
   header.n = csr.n;
   header.k = csr.k;
   header.nonzeros = csr.nonzeros;
@@ -144,7 +145,7 @@ std::string view_structure(const uint8_t* bytes, int64_t size, StructureView* ou
     return "got format " + text(h.format) + ", expected 15 (structure); make one with ops.sparse_structure()";
   if (h.version != kStructureVersion)
     return "got structure version " + text(h.version) + ", this build reads version 1";
-  if (h.dtype != kDTypeF32 || h.block != kBlockK)
+  if (h.dtype != kDTypeF32 || h.block != kSampleColumns)
     return "got dtype code " + text(h.dtype) + " and block " + text(h.block) + ", expected 2 and 128";
   if (h.n < 0 || h.k < 0 || h.n >= kLargestSide || h.k >= kLargestSide)
     return "got a damaged header: N=" + text(h.n) + ", K=" + text(h.k);
@@ -180,13 +181,14 @@ std::string read_structure(const uint8_t* bytes, int64_t size, std::vector<int64
   const std::string damaged = "got a damaged structure: ";
   crow->assign(static_cast<size_t>(s.n + 1), 0);
   col->assign(static_cast<size_t>(s.nonzeros), 0);
-  const int64_t blocks = ceil_div(s.k, kBlockK), units = ceil_div(s.n, kChunk) * blocks;
+  const int64_t blocks = ceil_div(s.k, kSampleColumns), units = ceil_div(s.n, kSampleOutputs) * blocks;
   const auto each = [&](auto&& row) {  // false as soon as row() is
     for (int64_t unit = 0; unit < units; ++unit)
-      for (int64_t at = 0; at < kChunk; ++at) {
-        const uint8_t* order = s.order + unit * 2 * kChunk;
-        const int64_t count = order[kChunk + at];
-        if (count != 0 && !row(unit / blocks * kChunk + order[at], unit % blocks * kBlockK, count)) return false;
+      for (int64_t at = 0; at < kSampleOutputs; ++at) {
+        const uint8_t* order = s.order + unit * 2 * kSampleOutputs;
+        const int64_t count = order[kSampleOutputs + at];
+        if (count != 0 && !row(unit / blocks * kSampleOutputs + order[at], unit % blocks * kSampleColumns, count))
+          return false;
       }
     return true;
   };

@@ -23,6 +23,7 @@
 
 #include "../../runtime/pack.h"
 #include "../sparse_matmul.h"
+#include "../training.h"
 
 namespace fs::sparse_matmul {
 
