@@ -43,7 +43,7 @@ def test_from_linear_and_back_keep_exactly_the_zeros(bias: bool) -> None:
     assert torch.equal(ops.unpack(sparse.weight), before)
     assert ops.describe(sparse.weight)["format"] == "sell16"
     assert torch.equal(sparse(x), layer(x))
-    assert not (layer.training or back.training or sparse.training)
+    assert [each.training for each in (layer, back, sparse)] == [False] * 3
     layer.values.data.zero_()
     assert torch.equal(back.weight, before)
     with_activation = TrainableSparseLinear.from_linear(pruned(bias=bias), "relu")
@@ -190,11 +190,11 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(TypeError, match="linear must be a torch.nn.Linear, got ReLU"):
+    with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear, got ReLU"):
         TrainableSparseLinear.from_linear(nn.ReLU())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="weight must be float32, got float64"):
         TrainableSparseLinear.from_linear(pruned().double())
-    with pytest.raises(ValueError, match="activation must be None, .* got 'tanh'"):
+    with pytest.raises(ValueError, match=r"activation must be None, .* got 'tanh'"):
         TrainableSparseLinear(3, 4, activation="tanh")
     with pytest.raises(ValueError, match="in_features must be an int from 0"):
         TrainableSparseLinear(-1, 4)

@@ -154,4 +154,5 @@ void panels(const PanelArgs& a) {
 }  // namespace
 
 const Kernels fs::sparse_matmul::kAvx512 = {
-    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panels, &transpose_wide, &finish, &sample_block};
+    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panels, &transpose_wide,
+    &finish,  &sample_block};

@@ -138,4 +138,5 @@ void panels(const PanelArgs& a) {
 }  // namespace
 
 const Kernels fs::sparse_matmul::kScalar = {
-    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap, &sell, &panels, &transpose, &finish, &sample_block};
+    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap, &sell, &panels, &transpose,
+    &finish,  &sample_block};

@@ -65,7 +65,7 @@ class TrainableSparseLinear(PackedLinear):
             activation: None, "relu", "gelu" or "silu": what follows the layer and shall run inside the kernel.
 
         Returns:
-            A layer in the training mode of `linear`, whose values and bias require a gradient if its weight and bias do.
+            A layer in the training mode of `linear`; its values and bias require a gradient if weight and bias do.
 
         Raises:
             TypeError: `linear` is no torch.nn.Linear.

@@ -85,7 +85,7 @@ def sparse_linear(
     if torch.is_grad_enabled():
         if weight.requires_grad:
             raise ValueError(
-                "sparse_linear: weight must not require a gradient: there is none to a pack (values may, see sparse_structure)"
+                "sparse_linear: weight must not require a gradient: a pack has none (sparse_structure's values may)"
             )
         if x.requires_grad or (bias is not None and bias.requires_grad):
             return _ACTIVATE[code](_sparse_linear_train(x, weight, n, bias))

@@ -54,8 +54,9 @@ def to_csr(weight: Any, where: str) -> Csr:
             raise ValueError(f"{where}: weight must be float32, got {matrix.dtype} (weight.astype('float32'))")
         if len(matrix.shape) != 2:
             raise ValueError(f"{where}: weight must be a matrix [N, K], got weight{list(matrix.shape)}")
+        n, k = matrix.shape
         crow, col = (torch.from_numpy(each.astype("int64")) for each in (matrix.indptr, matrix.indices))
-        return _checked(crow, col, torch.from_numpy(matrix.data.copy()), *matrix.shape, where)
+        return _checked(crow, col, torch.from_numpy(matrix.data.copy()), n, k, where)
     if not isinstance(weight, Tensor):
         raise ValueError(f"{where}: weight must be a tensor or a scipy.sparse matrix, got {type(weight).__name__}")
     weight = weight.detach()
