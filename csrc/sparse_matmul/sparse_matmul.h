@@ -101,6 +101,8 @@ struct FinishArgs {
   float* y;
 };
 
+struct SampleArgs;  // training.h
+
 struct Kernels {
   const char* name;
   isa::Level level;
@@ -110,6 +112,7 @@ struct Kernels {
   void (*panels)(const PanelArgs&);
   void (*transpose)(const TransposeArgs&);
   void (*finish)(const FinishArgs&);
+  void (*sample)(const SampleArgs&);
 };
 
 // One per ISA file (cpu/<level>.cpp).

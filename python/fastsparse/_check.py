@@ -174,6 +174,27 @@ def _sparse_int8(device: torch.device) -> Case:
                 yield what, error if torch.equal(got, same) else float("inf")
 
 
+def _sparse_training(device: torch.device) -> Case:
+    """Forward, and the gradients to x and to the live values alone."""
+    generator = torch.Generator().manual_seed(3)
+    for (m, k, n), zeros in itertools.product(_SHAPES, (0.0, 0.5, 0.9)):
+        weight = torch.randn(n, k, generator=generator)
+        weight *= torch.rand(n, k, generator=generator) >= zeros
+        x, grad = torch.randn(m, k, generator=generator).requires_grad_(), torch.randn(m, n, generator=generator)
+        structure, values = ops.sparse_structure(weight)
+        y = ops.sparse_linear(x, structure, values=values.requires_grad_())
+        got = (y, *torch.autograd.grad(y, (x, values), grad))
+        x, mask = x.detach(), weight != 0
+        wanted = (reference.spmm(weight, x.t()).t(), reference.spmm(weight.t(), grad.t()).t())
+        for name, mine, theirs in zip(("forward", "gradient to x"), got, wanted, strict=False):
+            what = f"sparse training M={m} N={n} K={k} zeros {zeros} {name}"
+            yield what, _error(mine.detach(), theirs) / _SPARSE_TOLERANCE
+        error = (got[2].double() - reference.sddmm(mask, grad.t(), x)).abs()
+        part = error / (reference.sddmm_bound(mask, grad.t(), x) + 1e-45)
+        what = f"sparse training M={m} N={n} K={k} zeros {zeros} gradient to the values"
+        yield what, float(part.max()) if part.numel() > 0 else 0.0
+
+
 def _sparse_linear_half(device: torch.device) -> Case:
     """Weights of 16 bits, which run on CUDA only."""
     generator = torch.Generator().manual_seed(2)
@@ -250,7 +271,7 @@ CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
     ("qdq", "cuda"): [_qdq],
     ("kl_loss", "cpu"): [_kl_loss],
     ("kl_loss", "cuda"): [_kl_loss],
-    ("sparse_matmul", "cpu"): [_sparse_linear],
+    ("sparse_matmul", "cpu"): [_sparse_linear, _sparse_training],
     ("sparse_int8", "cpu"): [_sparse_int8],
     ("sparse_matmul", "cuda"): [_sparse_linear, _sparse_linear_half],
 }

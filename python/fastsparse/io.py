@@ -30,7 +30,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from fastsparse.nn import Int8Linear, SparseInt8Linear, SparseLinear, WeightOnlyLinear
+from fastsparse.nn import Int8Linear, SparseInt8Linear, SparseLinear, TrainableSparseLinear, WeightOnlyLinear
 from fastsparse.nn._packed import PackedLinear
 from fastsparse.ops._packs import repack
 
@@ -42,6 +42,7 @@ _CLASSES: dict[str, type[PackedLinear]] = {
     "Int8Linear": Int8Linear,
     "SparseInt8Linear": SparseInt8Linear,
     "SparseLinear": SparseLinear,
+    "TrainableSparseLinear": TrainableSparseLinear,
     "WeightOnlyLinear": WeightOnlyLinear,
 }
 _FUSED = (nn.ReLU, nn.GELU, nn.SiLU)  # what nn.Identity may stand for once it runs inside a layer
@@ -392,7 +393,9 @@ def _fit(file: _File, model: nn.Module) -> dict[str, _Swap]:
         _check_fits(file, name, old, new)
         # A sparse pack of another length can't be copied into the one that is there: its layer gives way, too.
         if isinstance(old, nn.Linear) or (
-            name and isinstance(old, (SparseLinear, SparseInt8Linear)) and old.weight.shape != new.weight.shape
+            name
+            and isinstance(old, (SparseLinear, SparseInt8Linear, TrainableSparseLinear))
+            and old.weight.shape != new.weight.shape
         ):
             twin = twins.get(id(old))
             if twin is not None and twin.config() == new.config() and _same_state(twin, new):

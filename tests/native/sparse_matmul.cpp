@@ -13,8 +13,10 @@
 #include <vector>
 
 #include "../../csrc/sparse_matmul/formats/sparse.h"
+#include "../../csrc/sparse_matmul/formats/structure.h"
 #include "../../csrc/sparse_matmul/select.h"
 #include "../../csrc/sparse_matmul/sparse_matmul.h"
+#include "../../csrc/sparse_matmul/training.h"
 #include "sparse_int8.h"
 #include "support.h"
 
@@ -87,6 +89,102 @@ void check(const std::vector<const Kernels*>& rows) {
   }
 }
 
+// The sum that training.h states for one value: p and q are columns, `stride` apart.
+float sampled(const float* p, int64_t p_stride, const float* q, int64_t q_stride, int64_t m) {
+  float total = 0;
+  for (int64_t begin = 0; begin < m; begin += kSampleRows) {
+    float lane[16];
+    for (int64_t i = 0; i < kSampleRows; ++i) {  // the lanes that a smaller panel leaves out add zeros
+      const bool inside = begin + i < m;
+      const float a = inside ? p[(begin + i) * p_stride] : 0, b = inside ? q[(begin + i) * q_stride] : 0;
+      lane[i % 16] = i < 16 ? a * b : std::fma(a, b, lane[i % 16]);
+    }
+    float h[4];
+    for (int i = 0; i < 4; ++i) h[i] = (lane[4 * i] + lane[4 * i + 2]) + (lane[4 * i + 1] + lane[4 * i + 3]);
+    const float part = (h[0] + h[2]) + (h[1] + h[3]);
+    total = begin == 0 ? part : total + part;
+  }
+  return total;
+}
+
+void check_training(const std::vector<const Kernels*>& rows) {
+  const int64_t m = pick({1, 5, 16, 17, 33, 64, 65, 300}), n = pick({1, 16, 33, 257}), k = pick({1, 63, 128, 130});
+  const int64_t percent = pick({0, 50, 90, 100});
+  Floats x(m * k), grad(m * n);
+  for (int64_t i = 0; i < m * k; ++i) x.data()[i] = normal();
+  for (int64_t i = 0; i < m * n; ++i) grad.data()[i] = normal();
+  std::vector<int64_t> crow{0}, col;
+  std::vector<float> dense(static_cast<size_t>(n * k));
+  std::vector<float> kept;
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t c = 0; c < k; ++c) {
+      if (uniform(0, 99) < percent) continue;
+      col.push_back(c);
+      kept.push_back(normal());
+      dense[static_cast<size_t>(r * k + c)] = kept.back();
+    }
+    crow.push_back(static_cast<int64_t>(col.size()));
+  }
+  const auto nonzeros = static_cast<int64_t>(col.size());
+  Floats values(nonzeros);
+  std::copy(kept.begin(), kept.end(), values.data());
+  const formats::Csr csr{crow.data(), col.data(), n, k, nonzeros};
+  const std::vector<uint8_t> bytes = formats::pack_structure(csr);
+  std::vector<int64_t> crow_back, col_back;
+  StructureView view;
+  const auto size = static_cast<int64_t>(bytes.size());
+  const std::string error = formats::check_csr(csr) +
+                            formats::read_structure(bytes.data(), size, &crow_back, &col_back) +
+                            formats::view_structure(bytes.data(), size, &view);
+  if (!error.empty() || crow_back != crow || col_back != col) {
+    std::printf("FAILED: structure, N=%ld K=%ld: %s\n", n, k, error.empty() ? "read differs" : error.c_str());
+    ++failures;
+    return;
+  }
+  std::vector<float> y(static_cast<size_t>(m * n)), grad_x(static_cast<size_t>(m * k)), sums(kept.size());
+  for (int64_t r = 0; r < m; ++r)
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t i = 0; i < k; ++i) {
+        const float w = dense[static_cast<size_t>(j * k + i)];
+        if (w == 0) continue;
+        float& to = y[static_cast<size_t>(r * n + j)];
+        to = std::fma(w, x.data()[r * k + i], to);
+        float& back = grad_x[static_cast<size_t>(r * k + i)];
+        back = std::fma(w, grad.data()[r * n + j], back);
+      }
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t i = crow[static_cast<size_t>(r)]; i < crow[static_cast<size_t>(r + 1)]; ++i)
+      sums[static_cast<size_t>(i)] = sampled(grad.data() + r, n, x.data() + col[static_cast<size_t>(i)], k, m);
+  for (const Kernels* row : rows) {
+    const auto equal = [&](const char* what, Floats& got, const std::vector<float>& wanted) {
+      const bool same = wanted.empty() || std::memcmp(got.data(), wanted.data(), wanted.size() * 4) == 0;
+      if (same && got.margins_intact()) return;
+      std::printf("FAILED %s: %s, M=%ld N=%ld K=%ld, %ld%% zeros: %s\n", row->name, what, m, n, k, percent,
+                  same ? "wrote outside" : "differs");
+      ++failures;
+    };
+    Floats y_got(m * n), x_got(m * k), sums_got(nonzeros);
+    product(*row, {&view, values.data(), false, x.data(), k, m, nullptr, fs::Activation::none, y_got.data()});
+    equal("product", y_got, y);
+    product(*row, {&view, values.data(), true, grad.data(), n, m, nullptr, fs::Activation::none, x_got.data()});
+    equal("transposed product", x_got, grad_x);
+    sample(*row, {&view, {grad.data(), n, 1}, {x.data(), k, 1}, m, sums_got.data()});
+    equal("sample", sums_got, sums);
+  }
+  // Damaged: any numbers, but nothing outside (a sanitizer sees reads, too).
+  std::vector<uint8_t> bad = bytes;
+  for (int i = 0; i < 20; ++i) bad[static_cast<size_t>(uniform(80, size - 1))] = static_cast<uint8_t>(uniform(0, 255));
+  if (!formats::view_structure(bad.data(), size, &view).empty()) return;
+  for (const Kernels* row : rows) {
+    Floats y_got(m * n), x_got(m * k), sums_got(nonzeros);
+    product(*row, {&view, values.data(), false, x.data(), k, m, nullptr, fs::Activation::none, y_got.data()});
+    product(*row, {&view, values.data(), true, grad.data(), n, m, nullptr, fs::Activation::none, x_got.data()});
+    sample(*row, {&view, {grad.data(), n, 1}, {x.data(), k, 1}, m, sums_got.data()});
+    if (!y_got.margins_intact() || !x_got.margins_intact() || !sums_got.margins_intact())
+      fail(*row, "a damaged structure made it write outside");
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -101,6 +199,7 @@ int main(int argc, char** argv) {
     }
   for (int i = 0; i < cases && failures < 20; ++i) check(rows);
   for (int i = 0; i < cases && failures < 20; ++i) check_int8();
+  for (int i = 0; i < cases / 4 && failures < 20; ++i) check_training(rows);
   std::printf("%d cases of sparse_linear and of sparse_int8_linear in 3 formats each; rows: %s; %d failures\n", cases,
               names.c_str(), failures);
   return failures == 0 ? 0 : 1;

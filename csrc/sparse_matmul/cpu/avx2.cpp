@@ -123,6 +123,43 @@ struct Four {
 
 namespace {
 
+alignas(16) constexpr int32_t kFirst[8] = {-1, -1, -1, -1, 0, 0, 0, 0};  // from 4 - n on: the mask of n lanes
+
+struct Dot {
+  using F = __m256;
+  using Half = __m256;
+  using Four = __m128;
+  static constexpr int kWidth = 8;
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  // Per quarter of the 16 lanes: (lane 0 + lane 2) + (lane 1 + lane 3) of a, b, c, d.
+  static Half fold(F a, F b, F c, F d) {
+    const F ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const F cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    const __m256d ab_pd = _mm256_castps_pd(ab), cd_pd = _mm256_castps_pd(cd);
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab_pd, cd_pd)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(ab_pd, cd_pd)));
+  }
+  static Four sum(Half low, Half high) {
+    const F two = _mm256_add_ps(low, high);
+    return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+  }
+  static __m128i first(int n) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(kFirst + 4 - n)); }
+  static void store(float* p, Four v) { _mm_storeu_ps(p, v); }
+  static void store(float* p, Four v, int n) { _mm_maskstore_ps(p, first(n), v); }
+  static void add(float* p, Four v) { _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), v)); }
+  static void add(float* p, Four v, int n) {
+    _mm_maskstore_ps(p, first(n), _mm_add_ps(_mm_maskload_ps(p, first(n)), v));
+  }
+};
+
+}  // namespace
+
+#include "sddmm.inl"
+
+namespace {
+
 void bitmap(const FewArgs& a) {
   switch (a.rows) {
     case 1: return bitmap_rows<Narrow, 1>(a);
@@ -143,4 +180,4 @@ void panels(const PanelArgs& a) {
 }  // namespace
 
 const Kernels fs::sparse_matmul::kAvx2 = {
-    "avx2", fs::isa::Level::avx2, fs::isa::kLevelAvx2, &bitmap, &sell, &panels, &transpose, &finish};
+    "avx2", fs::isa::Level::avx2, fs::isa::kLevelAvx2, &bitmap, &sell, &panels, &transpose, &finish, &sample_block};

@@ -50,6 +50,42 @@ struct Four {
 
 namespace {
 
+struct Dot {
+  using F = __m512;
+  using Half = __m512;
+  using Four = __m128;
+  static constexpr int kWidth = 16;
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // Per quarter: (lane 0 + lane 2) + (lane 1 + lane 3) of a, b, c, d.
+  static Half fold(F a, F b, F c, F d) {
+    const F ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const F cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d ab_pd = _mm512_castps_pd(ab), cd_pd = _mm512_castps_pd(cd);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab_pd, cd_pd)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(ab_pd, cd_pd)));
+  }
+  static Four sum(Half h) {
+    const __m256 high = _mm512_extractf32x8_ps(h, 1);
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(h), high);
+    return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+  }
+  static __mmask8 first(int n) { return static_cast<__mmask8>((1u << n) - 1); }
+  static void store(float* p, Four v) { _mm_storeu_ps(p, v); }
+  static void store(float* p, Four v, int n) { _mm_mask_storeu_ps(p, first(n), v); }
+  static void add(float* p, Four v) { _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), v)); }
+  static void add(float* p, Four v, int n) {
+    _mm_mask_storeu_ps(p, first(n), _mm_add_ps(_mm_maskz_loadu_ps(first(n), p), v));
+  }
+};
+
+}  // namespace
+
+#include "sddmm.inl"
+
+namespace {
+
 void bitmap(const FewArgs& a) {
   switch (a.rows) {
     case 1: return bitmap_rows<Narrow, 1>(a);
@@ -118,4 +154,5 @@ void panels(const PanelArgs& a) {
 }  // namespace
 
 const Kernels fs::sparse_matmul::kAvx512 = {
-    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panels, &transpose_wide, &finish};
+    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panels, &transpose_wide,
+    &finish,  &sample_block};

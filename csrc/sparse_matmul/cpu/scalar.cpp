@@ -63,6 +63,61 @@ struct Four {
 
 namespace {
 
+struct Dot {
+  struct F {
+    float v[16];
+  };
+  struct Half {  // by quarter, then by dot product
+    float v[4][4];
+  };
+  struct Four {
+    float v[4];
+  };
+  static constexpr int kWidth = 16;
+  static F load(const float* p) {
+    F f;
+    memcpy(f.v, p, sizeof f.v);
+    return f;
+  }
+  static F mul(const F& a, const F& b) {
+    F f;
+    for (int i = 0; i < 16; ++i) f.v[i] = a.v[i] * b.v[i];
+    return f;
+  }
+  static F fma(const F& a, const F& b, const F& c) {
+    F f;
+    for (int i = 0; i < 16; ++i) f.v[i] = Simd::fma(a.v[i], b.v[i], c.v[i]);
+    return f;
+  }
+  static Half fold(const F& a, const F& b, const F& c, const F& d) {
+    Half h;
+    const F* const all[4] = {&a, &b, &c, &d};
+    for (int quarter = 0; quarter < 4; ++quarter)
+      for (int i = 0; i < 4; ++i) {
+        const float* const lane = all[i]->v + 4 * quarter;
+        h.v[quarter][i] = (lane[0] + lane[2]) + (lane[1] + lane[3]);
+      }
+    return h;
+  }
+  static Four sum(const Half& h) {
+    Four f;
+    for (int i = 0; i < 4; ++i) f.v[i] = (h.v[0][i] + h.v[2][i]) + (h.v[1][i] + h.v[3][i]);
+    return f;
+  }
+  static void store(float* p, const Four& f, int n = 4) {
+    for (int i = 0; i < n; ++i) p[i] = f.v[i];
+  }
+  static void add(float* p, const Four& f, int n = 4) {
+    for (int i = 0; i < n; ++i) p[i] += f.v[i];
+  }
+};
+
+}  // namespace
+
+#include "sddmm.inl"
+
+namespace {
+
 void bitmap(const FewArgs& a) {
   switch (a.rows) {
     case 1: return bitmap_rows<Narrow, 1>(a);
@@ -83,4 +138,5 @@ void panels(const PanelArgs& a) {
 }  // namespace
 
 const Kernels fs::sparse_matmul::kScalar = {
-    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap, &sell, &panels, &transpose, &finish};
+    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap, &sell, &panels, &transpose,
+    &finish,  &sample_block};

@@ -107,7 +107,9 @@ class SparseLinear(PackedLinear):
                 except ValueError as error:
                     problems.append(f"{wanted}: {error}")
                 else:
-                    if (header["n"], header["k"], header["dtype"]) != (n, k, "float32"):
+                    if header["format"] == "structure":
+                        problems.append(f"{wanted}, got a structure (nn.TrainableSparseLinear has one)")
+                    elif (header["n"], header["k"], header["dtype"]) != (n, k, "float32"):
                         got = f"{header['dtype']} [N={header['n']}, K={header['k']}]"
                         problems.append(f"{wanted}, got a pack of {got}")
         bias = state.get(prefix + "bias")

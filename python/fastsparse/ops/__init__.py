@@ -16,6 +16,7 @@ from fastsparse.ops.kl_loss import distill_loss, kl_div  # noqa: E402
 from fastsparse.ops.qdq import dequantize, fake_quantize, quantize, quantize_per_token  # noqa: E402
 from fastsparse.ops.sparse_int8 import sparse_int8_linear  # noqa: E402
 from fastsparse.ops.sparse_matmul import sparse_linear  # noqa: E402
+from fastsparse.ops.sparse_training import sddmm, sparse_structure, spmm  # noqa: E402
 
 __all__ = [
     "dequantize",
@@ -29,8 +30,11 @@ __all__ = [
     "quantize",
     "quantize_groups",
     "quantize_per_token",
+    "sddmm",
     "sparse_int8_linear",
     "sparse_linear",
+    "sparse_structure",
+    "spmm",
     "unpack",
     "unpack_scales",
     "weight_only_linear",

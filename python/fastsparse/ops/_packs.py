@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsparse.ops import int8_gemm, sparse_int8, sparse_matmul
+from fastsparse.ops import int8_gemm, sparse_int8, sparse_matmul, sparse_training
 from fastsparse.ops._pack import Rows, read_header
 
 _SPARSE_INT8 = (*sparse_int8.FORMATS, "sparse")
@@ -15,7 +15,7 @@ _INT8 = ("vnni16", "u4", *_SPARSE_INT8)
 
 
 def pack(
-    weight: Tensor,
+    weight: Any,
     format: str = "auto",
     rows: Rows = None,
     *,
@@ -26,10 +26,11 @@ def pack(
     """Packs a weight once, for all calls to come.
 
     Args:
-        weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K], dense or torch.sparse_csr, for
-            `sparse_linear`, of which exactly what is zero is left out (a zero that a csr tensor holds explicitly,
-            too); float16 or bfloat16 [N, K], for `sparse_linear` on CUDA. 4-bit codes [N, K] for `weight_only_linear`:
-            int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
+        weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K] for `sparse_linear`: dense,
+            torch.sparse_csr, sparse_csc, sparse_coo or a scipy.sparse matrix, of which exactly what is zero is left
+            out (a zero that is stored explicitly, too); float16 or bfloat16 [N, K], for `sparse_linear` on CUDA. 4-bit
+            codes [N, K] for `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point
+            (`quantize_groups`).
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
             `sparse_int8_linear` "bitmap_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, formats/blocks_s8.h in
             csrc/sparse_matmul), or "sparse": that of the three which fits the zeros and `rows`. uint8: "u4".
@@ -49,6 +50,8 @@ def pack(
     Raises:
         ValueError: names the argument, what came and what was expected.
     """
+    if sparse_training.is_foreign(weight):
+        weight = sparse_training.to_csr(weight, "pack").dense()
     sparse = weight.dtype == torch.float32
     half = weight.dtype in (torch.float16, torch.bfloat16)
     nibbles = weight.dtype == torch.uint8
@@ -82,11 +85,33 @@ def check_rows(rows: Any) -> None:
         raise ValueError(f"pack: rows must be None or at least 0, or two of these, (few, many), got {rows!r}")
 
 
-def unpack(pack: Tensor) -> Tensor:
-    """The inverse of `pack`: [N, K] of the weight's dtype, dense; of u4 packs the codes (`unpack_scales` the rest).
+def unpack(pack: Tensor, layout: torch.layout | str = torch.strided, values: Tensor | None = None) -> Any:
+    """The inverse of `pack`, and of `sparse_structure`.
 
-    Raises ValueError for anything that is not a pack.
+    Args:
+        pack: a pack or, with `values` float32 [nonzeros], a structure.
+        layout: torch.strided; of float32 also torch.sparse_csr, or "scipy": a scipy.sparse.csr_matrix, which shares
+            the memory of `values`.
+
+    Returns:
+        [N, K] of the weight's dtype, dense; of u4 packs the codes (`unpack_scales` the rest).
+
+    Raises:
+        ValueError: not a pack, a damaged one, or a layout or values that do not go with it.
     """
+    header = read_header(pack)
+    structure = header["format"] == "structure"
+    if structure != (values is not None):
+        raise ValueError(f"unpack: values must be given for a structure and for nothing else, got {header['format']}")
+    if structure:
+        assert values is not None
+        return sparse_training.to_layout(
+            sparse_training.structure_to_csr(pack, header, values.detach(), "unpack"), layout, "unpack"
+        )
+    if layout != torch.strided:
+        if header["dtype"] != "float32":
+            raise ValueError(f"unpack: layout must be torch.strided for {header['dtype']}, got {layout!r}")
+        return sparse_training.to_layout(sparse_training.to_csr(unpack(pack), "unpack"), layout, "unpack")
     header = describe(pack)
     if header["format"] == "u4":
         return int8_gemm.unpack_u4(pack, header)
@@ -102,6 +127,8 @@ def repack(packed: Tensor) -> Tensor:
     header = describe(packed)
     if header["format"] == "pair":
         return sparse_matmul.repack_pair(packed, header)
+    if header["format"] == "structure":
+        return sparse_training.repack_structure(packed, header)
     if header["format"] != "u4":
         return pack(unpack(packed), header["format"])
     scale, zero_point = int8_gemm.unpack_scales(packed)
@@ -113,13 +140,16 @@ def describe(pack: Tensor) -> dict[str, Any]:
     the most rows of x that the first of them serves.
 
     Reads and checks the header, and of a sparse float32 pack everything but the values (every index is in range), of an
-    nm24, blocks16, u4 or sparse int8 pack every byte. Of u4, `block` is the group size and dtype "int4" (symmetric) or
-    "uint4" (zero points).
+    nm24, blocks16, u4 or sparse int8 pack and of a structure every byte. Of u4, `block` is the group size and dtype
+    "int4" (symmetric) or "uint4" (zero points).
 
     Raises:
         ValueError: not a pack, of another version or format, truncated or damaged; the message says which.
     """
     header = read_header(pack)
+    if header["format"] == "structure":
+        sparse_training.read_indices(pack, "describe")
+        return header
     if header["format"] == "u4":
         return int8_gemm.describe_u4(pack, header)
     if header["format"] in sparse_int8.FORMATS:

@@ -16,6 +16,7 @@ from fastsparse.ops import _auto
 from fastsparse.ops._pack import FORMATS as NAMES
 from fastsparse.ops._pack import HEADER, PAIR, Rows, read_header
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
+from fastsparse.ops.sparse_training import to_csr, values_linear
 
 FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4}
 # Of float16 and bfloat16 weights, for CUDA.
@@ -44,6 +45,7 @@ def sparse_linear(
     bias: Tensor | None = None,
     activation: str | None = None,
     out_features: int | None = None,
+    values: Tensor | None = None,
 ) -> Tensor:
     """A linear layer with a sparse float32 weight: y = activation(x W^T + bias).
 
@@ -59,13 +61,15 @@ def sparse_linear(
         x: float32 [..., K]; any strides. bfloat16 and float16 are computed in float32 and rounded at the end. For a
             weight of 16 bits: of the weight's dtype.
         weight: a pack of f32[N, K], from `pack`; on CUDA also of float16 or bfloat16. It is a plain tensor without a
-            gradient.
+            gradient. Or, with `values`, a structure from `sparse_structure` (on the CPU).
         bias: float32 [N].
         activation: None, "relu", "gelu" (the exact one) or "silu".
         out_features: N. Needed under torch.compile where there is no bias (the pack's bytes can't be read there).
+        values: float32 [nonzeros], for training: the weight's values at the structure's places, by row, then column.
 
     Returns:
-        [..., N] in x's dtype. Differentiable in `x` and `bias`; the weight is fixed.
+        [..., N] in x's dtype. Differentiable in `x`, `bias` and `values`; a pack is fixed. The gradient to `values` is
+        as long as they are: a dense one is never made.
 
     Raises:
         ValueError: names the argument, what came and what was expected.
@@ -78,11 +82,13 @@ def sparse_linear(
         ) from None
     n = -1 if out_features is None else out_features
     if x.dtype in (torch.bfloat16, torch.float16) and not x.is_cuda:
-        return sparse_linear(x.float(), weight, bias, activation, out_features).to(x.dtype)
+        return sparse_linear(x.float(), weight, bias, activation, out_features, values).to(x.dtype)
+    if values is not None:
+        return values_linear(x, weight, values, bias, code, out_features)
     if torch.is_grad_enabled():
         if weight.requires_grad:
             raise ValueError(
-                "sparse_linear: weight must not require a gradient: there is none to the values of a pack yet"
+                "sparse_linear: weight must not require a gradient: a pack has none (sparse_structure's values may)"
             )
         if x.requires_grad or (bias is not None and bias.requires_grad):
             return _ACTIVATE[code](_sparse_linear_train(x, weight, n, bias))
@@ -102,11 +108,9 @@ def choose_format(density: float, k: int, rows: int | None) -> str:
 
 
 def pack_float(weight: Tensor, format: str, rows: Rows) -> Tensor:
-    """`ops.pack` for float32 weights, dense or torch.sparse_csr; `rows` has been checked."""
-    if weight.layout == torch.sparse_csr:
-        weight = weight.to_dense()
-    elif weight.layout != torch.strided:
-        raise ValueError(f"pack: weight must be dense or torch.sparse_csr, got layout {weight.layout}")
+    """`ops.pack` for float32 weights, dense or sparse; `rows` has been checked."""
+    if weight.layout != torch.strided:
+        weight = to_csr(weight, "pack").dense()
     if weight.dim() != 2:
         raise ValueError(f"pack: weight must be a matrix [N, K], got weight{list(weight.shape)}")
     weight = weight.detach()

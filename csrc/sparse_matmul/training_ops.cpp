@@ -1,0 +1,213 @@
+// sparse_matmul, training: schemas and tensor checks of what training.h states.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstring>
+#include <optional>
+#include <tuple>
+
+#include "../runtime/checks.h"
+#include "formats/structure.h"
+#include "select.h"
+#include "training.h"
+
+namespace fs::sparse_matmul {
+namespace {
+
+std::string text(int64_t value) { return std::to_string(value); }
+const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
+const uint8_t* structure_bytes(const char* op, const Tensor& structure) {
+  check_cpu(op, "structure", structure);
+  check_dtype(op, "structure", structure, ScalarType::Byte);
+  if (structure.dim() != 1 || !structure.is_contiguous())
+    fail(op, "structure must be a contiguous uint8 vector made by ops.sparse_structure(), got " +
+                 shape_of("structure", structure));
+  return static_cast<const uint8_t*>(structure.const_data_ptr());
+}
+
+StructureView view_of(const char* op, const Tensor& structure) {
+  StructureView view;
+  const std::string error = formats::view_structure(structure_bytes(op, structure), structure.numel(), &view);
+  if (!error.empty()) fail(op, "structure must be a sparse structure: " + error);
+  return view;
+}
+
+void check_float(const char* op, const char* name, const Tensor& t) {
+  check_cpu(op, name, t);
+  check_dtype(op, name, t, ScalarType::Float);
+}
+
+Tensor checked_values(const char* op, const Tensor& values, int64_t nonzeros) {
+  check_float(op, "values", values);
+  check_vector(op, "values", values, nonzeros);
+  return as_contiguous(values);
+}
+
+// --- Structures ------------------------------------------------------------------------------------------------------
+
+// crow and col as int64, contiguous; `values` says how many columns there must be. The tensors keep the memory alive.
+formats::Csr checked_csr(const char* op, const Tensor& crow, const Tensor& col, int64_t n, int64_t k) {
+  check_cpu(op, "crow", crow);
+  check_cpu(op, "col", col);
+  check_dtype(op, "crow", crow, ScalarType::Long);
+  check_dtype(op, "col", col, ScalarType::Long);
+  if (n < 0 || k < 0 || n >= kLargestSide || k >= kLargestSide)
+    fail(op, "the sides must lie between 0 and 2^31, got [N=" + text(n) + ", K=" + text(k) + "]");
+  check_vector(op, "crow", crow, n + 1);
+  if (col.dim() != 1) fail(op, "col must be a vector, got " + shape_of("col", col));
+  if (!crow.is_contiguous() || !col.is_contiguous()) fail(op, "crow and col must be contiguous");
+  const formats::Csr csr{static_cast<const int64_t*>(crow.const_data_ptr()),
+                         static_cast<const int64_t*>(col.const_data_ptr()), n, k, col.numel()};
+  if (csr.nonzeros > kMaxPlaces)
+    fail(op, "there must be at most " + text(kMaxPlaces) + " values, got " + text(csr.nonzeros));
+  const std::string error = formats::check_csr(csr);
+  if (!error.empty()) fail(op, error);
+  return csr;
+}
+
+int64_t check_csr_cpu(Tensor crow, Tensor col, int64_t n, int64_t k) {
+  return checked_csr("sparse_check_csr", crow, col, n, k).nonzeros;
+}
+
+Tensor structure_cpu(Tensor crow, Tensor col, int64_t n, int64_t k) {
+  const std::vector<uint8_t> bytes = formats::pack_structure(checked_csr("sparse_structure", crow, col, n, k));
+  Tensor out = empty(crow, std::array{static_cast<int64_t>(bytes.size())}.data(), 1, ScalarType::Byte);
+  std::memcpy(out.mutable_data_ptr(), bytes.data(), bytes.size());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> indices_cpu(Tensor structure) {
+  constexpr const char* kOp = "sparse_structure_indices";
+  std::vector<int64_t> crow, col;
+  const std::string error = formats::read_structure(structure_bytes(kOp, structure), structure.numel(), &crow, &col);
+  if (!error.empty()) fail(kOp, "structure must be a sparse structure: " + error);
+  const auto tensor = [&](const std::vector<int64_t>& from) {
+    Tensor out = empty(structure, std::array{static_cast<int64_t>(from.size())}.data(), 1, ScalarType::Long);
+    if (!from.empty()) std::memcpy(out.mutable_data_ptr(), from.data(), from.size() * sizeof(int64_t));
+    return out;
+  };
+  return {tensor(crow), tensor(col)};
+}
+
+Tensor csr_to_dense_cpu(Tensor crow, Tensor col, Tensor values, int64_t n, int64_t k) {
+  constexpr const char* kOp = "csr_to_dense";
+  const formats::Csr csr = checked_csr(kOp, crow, col, n, k);
+  const Tensor kept = checked_values(kOp, values, csr.nonzeros);
+  Tensor out = empty(values, std::array{n, k}.data(), 2, ScalarType::Float);
+  if (n == 0 || k == 0) return out;
+  auto* dense = static_cast<float*>(out.mutable_data_ptr());
+  std::memset(dense, 0, static_cast<size_t>(n * k) * sizeof(float));
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t i = csr.crow[r]; i < csr.crow[r + 1]; ++i) dense[r * k + csr.col[i]] = floats(kept)[i];
+  return out;
+}
+
+// --- Products --------------------------------------------------------------------------------------------------------
+
+Tensor product_cpu(Tensor x, Tensor structure, Tensor values, int64_t n, bool transposed, std::optional<Tensor> bias,
+                   int64_t activation) {
+  constexpr const char* kOp = "sparse_linear";
+  check_float(kOp, "x", x);
+  const int64_t dims = x.dim();
+  if (dims < 1) fail(kOp, "x must have at least one dimension, got x[]");
+  const StructureView view = view_of(kOp, structure);
+  const int64_t inner = transposed ? view.n : view.k, outer = transposed ? view.k : view.n;
+  if (n >= 0 && n != outer) fail(kOp, "the outputs must be the structure's " + text(outer) + ", got " + text(n));
+  if (x.size(dims - 1) != inner)
+    fail(kOp, std::string("x must have ") + (transposed ? "N=" : "K=") + text(inner) +
+                  " columns to match the structure, got " + shape_of("x", x));
+  const Tensor kept = checked_values(kOp, values, view.nonzeros);
+  Tensor kept_bias = values;
+  if (bias.has_value()) {
+    check_float(kOp, "bias", *bias);
+    check_vector(kOp, "bias", *bias, outer);
+    kept_bias = as_contiguous(*bias);
+  }
+  if (activation < 0 || activation > 3)
+    fail(kOp, "activation must be 0 (none), 1 (relu), 2 (gelu) or 3 (silu), got " + text(activation));
+  const bool strided = dims == 2 && x.stride(1) == 1 && x.stride(0) >= inner;
+  const Tensor rows = strided ? x : as_contiguous(x);
+  int64_t m = 1, shape[64];  // torch allows no more dimensions
+  for (int64_t i = 0; i + 1 < dims; ++i) m *= shape[i] = x.size(i);
+  shape[dims - 1] = outer;
+  Tensor y = empty(x, shape, dims, ScalarType::Float);
+  product(select(), {&view, floats(kept), transposed, floats(rows), strided ? x.stride(0) : inner, m,
+                     bias.has_value() ? floats(kept_bias) : nullptr, static_cast<Activation>(activation),
+                     static_cast<float*>(y.mutable_data_ptr())});
+  return y;
+}
+
+Tensor product_train_cpu(Tensor x, Tensor structure, Tensor values, int64_t n, bool transposed,
+                         std::optional<Tensor> bias) {
+  return product_cpu(x, structure, values, n, transposed, bias, 0);
+}
+
+// A matrix whose rows or columns lie together, read where it is; anything else is copied.
+Tensor readable(const Tensor& t, Strided* out) {
+  const bool by_rows = t.stride(1) == 1 && t.stride(0) >= t.size(1);
+  const bool by_columns = t.stride(0) == 1 && t.stride(1) >= t.size(0);
+  const Tensor kept = by_rows || by_columns ? t : torch::stable::contiguous(t);
+  *out = {floats(kept), by_rows || !by_columns ? kept.stride(0) : 1, by_rows || !by_columns ? 1 : kept.stride(1)};
+  return kept;
+}
+
+Tensor sddmm_cpu(Tensor p, Tensor q, Tensor structure, int64_t nonzeros) {
+  constexpr const char* kOp = "sparse_sddmm";
+  check_float(kOp, "p", p);
+  check_float(kOp, "q", q);
+  const StructureView view = view_of(kOp, structure);
+  if (p.dim() != 2 || p.size(1) != view.n)
+    fail(kOp, "p must be a matrix [M, N=" + text(view.n) + "], got " + shape_of("p", p));
+  if (q.dim() != 2 || q.size(1) != view.k || q.size(0) != p.size(0))
+    fail(kOp, "q must be a matrix [M=" + text(p.size(0)) + ", K=" + text(view.k) + "], got " + shape_of("q", q));
+  if (nonzeros >= 0 && nonzeros != view.nonzeros)
+    fail(kOp, "the values must be as many as the structure's " + text(view.nonzeros) + ", got " + text(nonzeros));
+  SampleProductArgs args{&view, {}, {}, p.size(0), nullptr};
+  const Tensor kept_p = readable(p, &args.p), kept_q = readable(q, &args.q);
+  Tensor values = empty(p, &view.nonzeros, 1, ScalarType::Float);
+  args.values = static_cast<float*>(values.mutable_data_ptr());
+  sample(select(), args);
+  return values;
+}
+
+}  // namespace
+}  // namespace fs::sparse_matmul
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
+  m.def("sparse_check_csr(Tensor crow, Tensor col, int n, int k) -> int");
+  m.def("sparse_structure(Tensor crow, Tensor col, int n, int k) -> Tensor");
+  m.def("sparse_structure_indices(Tensor structure) -> (Tensor, Tensor)");
+  m.def("csr_to_dense(Tensor crow, Tensor col, Tensor values, int n, int k) -> Tensor");
+  // n: the columns of y, which a fake kernel can't read from the structure's bytes; -1 where it need not. So nonzeros.
+  m.def(
+      "sparse_values_linear(Tensor x, Tensor structure, Tensor values, int n, bool transposed, Tensor? bias=None, "
+      "int activation=0) -> Tensor");
+  // The same under a name that carries autograd, without the activation.
+  m.def(
+      "sparse_values_linear_train(Tensor x, Tensor structure, Tensor values, int n, bool transposed, Tensor? "
+      "bias=None) -> Tensor");
+  m.def("sparse_sddmm(Tensor p, Tensor q, Tensor structure, int nonzeros) -> Tensor");
+  m.def("sparse_sddmm_train(Tensor p, Tensor q, Tensor structure, int nonzeros) -> Tensor");
+}
+
+// There are no CUDA kernels: the checks say so.
+STABLE_TORCH_LIBRARY_IMPL(fastsparse, CUDA, m) {
+  m.impl("sparse_values_linear", TORCH_BOX(&fs::sparse_matmul::product_cpu));
+  m.impl("sparse_values_linear_train", TORCH_BOX(&fs::sparse_matmul::product_train_cpu));
+  m.impl("sparse_sddmm", TORCH_BOX(&fs::sparse_matmul::sddmm_cpu));
+  m.impl("sparse_sddmm_train", TORCH_BOX(&fs::sparse_matmul::sddmm_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastsparse, CPU, m) {
+  m.impl("sparse_check_csr", TORCH_BOX(&fs::sparse_matmul::check_csr_cpu));
+  m.impl("sparse_structure", TORCH_BOX(&fs::sparse_matmul::structure_cpu));
+  m.impl("sparse_structure_indices", TORCH_BOX(&fs::sparse_matmul::indices_cpu));
+  m.impl("csr_to_dense", TORCH_BOX(&fs::sparse_matmul::csr_to_dense_cpu));
+  m.impl("sparse_values_linear", TORCH_BOX(&fs::sparse_matmul::product_cpu));
+  m.impl("sparse_values_linear_train", TORCH_BOX(&fs::sparse_matmul::product_train_cpu));
+  m.impl("sparse_sddmm", TORCH_BOX(&fs::sparse_matmul::sddmm_cpu));
+  m.impl("sparse_sddmm_train", TORCH_BOX(&fs::sparse_matmul::sddmm_cpu));
+}
