@@ -163,9 +163,77 @@ def test_an_nm24_weight_wants_its_own_dtype(kernels: StandIn) -> None:
         kernels.sparse_linear(torch.randn(2, 8).bfloat16(), pack, 4, format="nm24")
 
 
+# --- blocks16 --------------------------------------------------------------------------------------------------------
+
+# Off every tile: rows 32, 128 (squares of 64), 256 (of 32) and groups of 16 of them; squares; the ring of 3 or 4.
+SHAPES_BLOCKS = [
+    (1, 1, 1, 32),
+    (5, 70, 200, 64),
+    (32, 130, 321, 32),
+    (33, 96, 264, 32),
+    (129, 129, 520, 64),
+    (260, 72, 100, 32),
+]
+
+
+def sparse_blocks(n: int, k: int, block: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Half of the squares, one row of them full and one empty; in the squares some zeros, too."""
+    generator = torch.Generator().manual_seed(1000 * seed + n + k)
+    rows, columns = -(-n // block), -(-k // block)
+    kept = torch.rand(rows, columns, generator=generator) < 0.5
+    kept[:1] = True
+    if rows > 1:
+        kept[-1] = False
+    dense = torch.randn(n, k, generator=generator) * (torch.rand(n, k, generator=generator) < 0.9)
+    return (dense * kept.repeat_interleave(block, 0)[:n].repeat_interleave(block, 1)[:, :k]).to(dtype)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_blocks16(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
+    for i, (m, n, k, block) in enumerate(SHAPES_BLOCKS + [(*shape, 32) for shape in EMPTY]):
+        w, x = sparse_blocks(n, k, block, dtype, seed), torch.randn(m, k).to(dtype)
+        x = strided(x) if i % 3 == 1 else x
+        bias, activation = torch.randn(n) if i % 2 else None, ACTIVATIONS[(i + seed) % 4]
+        with kernels.launches(seed, offset=i % 2):
+            got = kernels.sparse_linear(x, ops.pack(w, "blocks16"), n, bias, activation, "blocks16")
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
+        assert got.shape == (m, n)
+        assert got.dtype == dtype
+        assert_close(got, x, w, bias, activation, (m, n, k))
+
+
+@pytest.mark.parametrize("block", [32, 64])
+def test_blocks16_takes_whole_numbers_exactly_whatever_the_rows(kernels: StandIn, block: int) -> None:
+    # As for nm24; 17 tiles of rows are more than one group.
+    n, k = 2 * block, 3 * block
+    for dtype, m in zip(HALVES, (17 * (256 if block == 32 else 128) - 5, 30), strict=True):
+        w = sparse_blocks(n, k, block, dtype).sign()
+        pack = ops.pack(w, "blocks16")
+        assert ops.describe(pack)["block"] == block
+        x = torch.randint(-1, 2, (m, k)).to(dtype)
+        with kernels.launches():
+            got = kernels.sparse_linear(x, pack, n, format="blocks16")
+        assert torch.equal(got.double(), reference.sparse_linear(x, w))
+
+
+def test_damaged_blocks16_is_never_read_outside(kernels: StandIn) -> None:
+    # The header and the order of the rows are right (a row named twice would be written twice), all else is noise.
+    n, k = 130, 200
+    for seed, block in enumerate((32, 64)):
+        clean = ops.pack(sparse_blocks(n, k, block, torch.float16), "blocks16")
+        generator = torch.Generator().manual_seed(seed)
+        pack = torch.randint(0, 256, clean.shape, dtype=torch.uint8, generator=generator)
+        pack[:128] = clean[:128]
+        pack[128:192:8] = 0  # some offsets small enough
+        pack[129:192:4] = pack[130:192:4] = pack[131:192:4] = 0
+        with kernels.launches(seed):
+            kernels.sparse_linear(torch.randn(40, k).half(), pack, n, format="blocks16")
+
+
 # --- Defects planted in copies of these kernels: the tests above would see them --------------------------------------
 
-FEW, MMA = (builds.ROOT / f"csrc/sparse_matmul/cuda/sm80_{name}.cu" for name in ("few_rows", "mma_sp"))
+FEW, MMA, BLOCKS = (builds.ROOT / f"csrc/sparse_matmul/cuda/sm80_{name}.cu" for name in ("few_rows", "mma_sp", "blocks"))
 WRONG, CONFLICTS = "wrong result", "bank conflicts"
 # what is wrong: (source, right, wrong, build that sees it, what it says)
 DEFECTS = {
@@ -193,6 +261,23 @@ DEFECTS = {
         "race",
         r"race: .*sm80_mma_sp\.cu:\d+",
     ),
+    "a square read before it has arrived": (BLOCKS, "wait<kStages - 2>", "wait<kStages - 1>", "fast", WRONG),
+    "the column of the step before": (BLOCKS, "next = column(ahead + 1)", "next = column(ahead)", "fast", WRONG),
+    "a lost swizzle of rows of 64 bytes": (BLOCKS, ": row / 2 % 4;", ": 0;", "fast", CONFLICTS),
+    "a stage refilled while others read it": (
+        BLOCKS,
+        "__syncthreads();  // this stage is there for all",
+        "__syncwarp();  // this stage is there for all",
+        "race",
+        r"(race|under way).*sm80_blocks\.cu:\d+",
+    ),
+    "more columns of x than there are": (
+        BLOCKS,
+        "row0 + row < o.m ? inside_k : 0",
+        "row0 + row < o.m ? kChunk : 0",
+        "race",
+        r"out of bounds: .*",
+    ),
 }
 
 
@@ -204,8 +289,11 @@ def test_planted_defects_are_caught(name: str, tmp_path: Path) -> None:
     assert text.count(right) == 1, f"{right!r} must stand in {source.name} once"
     kernels = StandIn(build, builds.variant(build, source, text.replace(right, wrong), tmp_path))
     m, n, k = 40, 130, 260
-    format = "bitmap32" if source == FEW else "nm24"
-    w = sparse(n, k, 0.5) if source == FEW else sparse24(n, k, torch.float16)
+    format, w = {
+        FEW: ("bitmap32", sparse(n, k, 0.5)),
+        MMA: ("nm24", sparse24(n, k, torch.float16)),
+        BLOCKS: ("blocks16", sparse_blocks(n, k, 32, torch.float16)),
+    }[source]
     x = torch.randn(m, k).to(w.dtype)
     report = ""
     try:

@@ -4,6 +4,8 @@
 #include <cstdint>
 
 #include "../../runtime/dtype.h"
+#include "../formats/bitmap16.h"
+#include "../formats/blocks16.h"
 #include "../formats/nm24.h"
 #include "../sparse_matmul.h"
 
@@ -28,7 +30,13 @@ struct Rows {
 // weight.
 void linear_bitmap32(const Pack& weight, const Rows& rows, void* stream);
 
+// sm80_bitmap16.cu: the same of 16-bit values, x and y of the weight's dtype.
+void linear_bitmap16(const bitmap16::Weight& weight, const Rows& rows, void* stream);
+
 // sm80_mma_sp.cu: an nm24 pack, x and y of the weight's dtype, any number of rows.
 void linear_nm24(const nm24::Weight& weight, const Rows& rows, void* stream);
+
+// sm80_blocks.cu: a blocks16 pack, x and y of the weight's dtype, any number of rows.
+void linear_blocks16(const blocks16::Weight& weight, const Rows& rows, void* stream);
 
 }  // namespace fs::sparse_matmul::sm80
