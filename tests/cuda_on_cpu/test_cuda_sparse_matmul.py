@@ -231,9 +231,77 @@ def test_damaged_blocks16_is_never_read_outside(kernels: StandIn) -> None:
             kernels.sparse_linear(torch.randn(40, k).half(), pack, n, format="blocks16")
 
 
+# --- spmm, sddmm: no operator starts these kernels yet, so a device has no way to them -------------------------------
+
+on_the_standin = pytest.mark.skipif("os.environ.get('CUDA_ON_CPU_BUILDS') == 'device'", reason="no operator yet")
+# Off every tile: rows 32, 128, 4; outputs 32; k 32; values of a row 8, 16, 32, 64.
+SHAPES_CSR = [(1, 1, 1), (7, 33, 70), (32, 31, 5), (33, 64, 130), (131, 40, 97), (260, 3, 300)]
+
+
+def csr(w: Tensor, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(crow, col, values), crow int64 if wide."""
+    row, col = w.nonzero(as_tuple=True)
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), w.ne(0).sum(1).cumsum(0)])
+    return crow if wide else crow.int(), col.int(), w[row, col]
+
+
+@on_the_standin
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_spmm(kernels: StandIn, seed: int) -> None:
+    for i, (m, n, k) in enumerate(SHAPES_CSR + EMPTY):
+        w, x = sparse(n, k, [0.5, 0.9, 0.0, 1.0][(i + seed) % 4]), torch.randn(m, k)
+        x = strided(x) if i % 2 else x
+        with kernels.launches(seed, offset=i % 2):
+            got = kernels.spmm(*csr(w, i % 2 == 0), x, n)
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
+        assert_close(got, x, w, None, None, (m, n, k))
+        if m:  # columns ascend: the chain of the CPU's kernels
+            assert same_bits(got, ops.sparse_linear(x, ops.pack(w, "panels128"))), (m, n, k)
+
+
+def assert_gradient_close(got: Tensor, w: Tensor, dy: Tensor, x: Tensor) -> None:
+    row, column = w.nonzero(as_tuple=True)
+    expected = (dy.double().t() @ x.double())[row, column]
+    magnitude = (dy.double().abs().t() @ x.double().abs())[row, column]
+    assert got.shape == expected.shape
+    assert ((got.double() - expected).abs() <= magnitude * (len(x) + 1) * 2.0**-24).all(), (len(x), *w.shape)
+
+
+@on_the_standin
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sddmm(kernels: StandIn, seed: int) -> None:
+    for i, (m, n, k) in enumerate(SHAPES_CSR + EMPTY):
+        w = sparse(n, k, [0.5, 0.9, 0.0, 1.0][(i + seed) % 4])
+        dy, x = torch.randn(m, n), torch.randn(m, k)
+        dy, x = (strided(dy), x) if i % 2 else (dy, strided(x))
+        crow, col, _ = csr(w, i % 2 == 0)
+        with kernels.launches(seed, offset=i % 2):
+            got = kernels.sddmm(crow, col, dy, x)
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
+        assert_gradient_close(got, w, dy, x)
+
+
+@on_the_standin
+def test_a_damaged_csr_is_never_followed_outside(kernels: StandIn) -> None:
+    m, n, k, nonzeros = 37, 50, 60, 400
+    x, dy, values = torch.randn(m, k), torch.randn(m, n), torch.randn(nonzeros)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        dtype, low, high = [(torch.int64, -(2**62), 2**62), (torch.int32, -(2**31), 2**31), (torch.int32, -9, 450)][seed]
+        crow = torch.randint(low, high, (n + 1,), dtype=dtype, generator=generator)
+        col = torch.randint(-3, k + 3, (nonzeros,), dtype=torch.int32, generator=generator)
+        with kernels.launches(seed):
+            kernels.spmm(crow, col, values, x, n)
+        crow = crow.sort().values  # else rows overlap, and a gradient is written twice
+        with kernels.launches(seed):
+            kernels.sddmm(crow, col, dy, x)
+
+
 # --- Defects planted in copies of these kernels: the tests above would see them --------------------------------------
 
-FEW, MMA, BLOCKS = (builds.ROOT / f"csrc/sparse_matmul/cuda/sm80_{name}.cu" for name in ("few_rows", "mma_sp", "blocks"))
+FEW, MMA, BLOCKS, CSR = (
+    builds.ROOT / f"csrc/sparse_matmul/cuda/sm80_{name}.cu" for name in ("few_rows", "mma_sp", "blocks", "csr")
+)
 WRONG, CONFLICTS = "wrong result", "bank conflicts"
 # what is wrong: (source, right, wrong, build that sees it, what it says)
 DEFECTS = {
@@ -278,6 +346,18 @@ DEFECTS = {
         "race",
         r"out of bounds: .*",
     ),
+    "the values of a row behind those handed round": (CSR, "for (; j < count; ++j)", "for (; j < 0; ++j)", "fast", WRONG),
+    "a column that the structure may make up": (CSR, "column < s.k; }", "column <= s.k; }", "race", "out of bounds"),
+    "rows beyond x left as they are": (CSR, "const bool inside = row0 + r < rows &&", "const bool inside =", "race", "out of"),
+    "a gradient of half the rows": (CSR, "m += 4 * kShare", "m += 8 * kShare", "fast", "gradient"),
+    "results stored before all outputs are there": (
+        CSR,
+        "  __syncthreads();\n  // Lanes are outputs now.",
+        "  // Lanes are outputs now.",
+        "race",
+        r"(race|uninitialised).*sm80_csr\.cu:\d+",
+    ),
+    "results without their swizzle": (CSR, "4 * (lane ^ (output % 8))", "4 * lane", "race", CONFLICTS),
 }
 
 
@@ -293,12 +373,19 @@ def test_planted_defects_are_caught(name: str, tmp_path: Path) -> None:
         FEW: ("bitmap32", sparse(n, k, 0.5)),
         MMA: ("nm24", sparse24(n, k, torch.float16)),
         BLOCKS: ("blocks16", sparse_blocks(n, k, 32, torch.float16)),
+        CSR: ("csr", sparse(n, k, 0.5)),
     }[source]
     x = torch.randn(m, k).to(w.dtype)
     report = ""
     try:
         with kernels.launches():
-            got = kernels.sparse_linear(x, ops.pack(w, format), n, format=format)
+            if format == "csr":
+                crow, col, values = csr(w, True)
+                col[5] = k if "make up" in name else col[5]
+                got = kernels.spmm(crow, col, values, x, n)
+                gradient = kernels.sddmm(crow, col, dy := torch.randn(m, n), x)
+            else:
+                got = kernels.sparse_linear(x, ops.pack(w, format), n, format=format)
             conflicts = kernels.bank_conflicts()
     except Finding as finding:
         report = str(finding)
@@ -307,6 +394,9 @@ def test_planted_defects_are_caught(name: str, tmp_path: Path) -> None:
     elif expected == CONFLICTS:
         assert_close(got, x, w, None, None, "conflicts cost time only")
         assert conflicts > 0
+    elif expected == "gradient":
+        with pytest.raises(AssertionError):
+            assert_gradient_close(gradient, w, dy, x)
     else:
         assert expected == WRONG, "nothing was found"
         with pytest.raises(AssertionError):
