@@ -15,6 +15,9 @@ from torch import Tensor
 from fastsparse import ops, reference
 from support import same_bits, strided
 
+FEW, BITMAP16, MMA, BLOCKS, CSR = (
+    builds.ROOT / f"csrc/sparse_matmul/cuda/sm80_{name}.cu" for name in ("few_rows", "bitmap16", "mma_sp", "blocks", "csr")
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [None, "relu", "gelu", "silu"]
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -104,9 +107,65 @@ def test_damaged_bitmap32_is_never_read_outside(kernels: StandIn) -> None:
             kernels.sparse_linear(torch.randn(2, k), pack, n)
 
 
-# --- nm24 ------------------------------------------------------------------------------------------------------------
+# --- bitmap32 of 16-bit values ---------------------------------------------------------------------------------------
 
 HALVES = [torch.bfloat16, torch.float16]
+# Off every tile: 8 and 16 rows; 32 outputs; 16 and 32 k, 16 warps of them; the ring of 4 KB at every density.
+SHAPES_16 = [(1, 1, 1), (2, 33, 64), (7, 95, 1025), (8, 32, 15), (9, 64, 2100), (16, 31, 513), (19, 70, 97)]
+
+
+def only_by_the_masks(kernels: StandIn) -> bool:
+    """Whether no bank conflicts are but those of the ring, which lie in the data."""
+    if kernels.bank_conflicts() == 0:
+        return True
+    lines = BITMAP16.read_text().splitlines()
+    places = re.findall(r"(?:^|; |\n)\S*sm80_bitmap16\.cu:(\d+)", kernels.conflict_places())
+    return bool(places) and all("conflicts as the masks are" in lines[int(line) - 1] for line in places)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_bitmap16(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
+    for i, (m, n, k) in enumerate(SHAPES_16 + EMPTY):
+        w = sparse(n, k, [0.5, 0.9, 0.0, 1.0][(i + seed) % 4]).to(dtype)
+        x = torch.randn(m, k).to(dtype)
+        x = strided(x) if i % 3 == 1 else x
+        bias, activation = torch.randn(n) if i % 2 else None, ACTIVATIONS[(i + seed) % 4]
+        with kernels.launches(seed, offset=i % 2):
+            got = kernels.sparse_linear(x, ops.pack(w, "bitmap32"), n, bias, activation, "bitmap16")
+            assert only_by_the_masks(kernels), kernels.conflict_places()
+        assert got.shape == (m, n)
+        assert got.dtype == dtype
+        assert_close(got, x, w, bias, activation, (m, n, k))
+
+
+def test_bitmap16_takes_whole_numbers_exactly_whatever_the_rows(kernels: StandIn) -> None:
+    # As for nm24.
+    n, k = 40, 700
+    for dtype in HALVES:
+        w = sparse(n, k, 0.7).sign().to(dtype)
+        pack, x = ops.pack(w, "bitmap32"), torch.randint(-1, 2, (20, k)).to(dtype)
+        for seed, rows in enumerate((1, 8, 9, 20)):
+            with kernels.launches(seed):
+                got = kernels.sparse_linear(x[:rows], pack, n, format="bitmap16")
+            assert torch.equal(got.double(), reference.sparse_linear(x[:rows], w))
+
+
+def test_damaged_bitmap16_is_never_read_outside(kernels: StandIn) -> None:
+    n, k = 70, 333
+    clean = ops.pack(sparse(n, k, 0.8).half(), "bitmap32")
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        pack = torch.randint(0, 256, clean.shape, dtype=torch.uint8, generator=generator)
+        pack[:64] = clean[:64]
+        if seed:
+            pack[64:88] = clean[64:88]  # the offsets
+        with kernels.launches(seed):
+            kernels.sparse_linear(torch.randn(2, k).half(), pack, n, format="bitmap16")
+
+
+# --- nm24 ------------------------------------------------------------------------------------------------------------
+
 # Off every tile: rows 32, 128, 8; outputs 16, 128, 8; k 4, 64 and the ring of 3 stages.
 SHAPES_24 = [
     (1, 1, 1),
@@ -299,9 +358,6 @@ def test_a_damaged_csr_is_never_followed_outside(kernels: StandIn) -> None:
 
 # --- Defects planted in copies of these kernels: the tests above would see them --------------------------------------
 
-FEW, MMA, BLOCKS, CSR = (
-    builds.ROOT / f"csrc/sparse_matmul/cuda/sm80_{name}.cu" for name in ("few_rows", "mma_sp", "blocks", "csr")
-)
 WRONG, CONFLICTS = "wrong result", "bank conflicts"
 # what is wrong: (source, right, wrong, build that sees it, what it says)
 DEFECTS = {
@@ -329,6 +385,23 @@ DEFECTS = {
         "race",
         r"race: .*sm80_mma_sp\.cu:\d+",
     ),
+    "values read a tile too early": (BITMAP16, "wait<kLate>", "wait<kLate + 2>", "fast", WRONG),
+    "a ring filled over values that are not used yet": (BITMAP16, "kFill - kRing <= used", "kFill - kRing <= used + 1024", "fast", WRONG),
+    "lanes that do not wait for each other's values": (
+        BITMAP16,
+        "__syncwarp();  // the values are there for all lanes, and so is x",
+        "",
+        "race",
+        r"(race|under way|uninitialised).*sm80_bitmap16\.cu:\d+",
+    ),
+    "a ring filled while others read it": (
+        BITMAP16,
+        "__syncwarp();  // nobody reads what the next copies, or the next x, replace",
+        "",
+        "race",
+        r"(race|under way).*sm80_bitmap16\.cu:\d+",
+    ),
+    "k in another order than x": (BITMAP16, "t % 2 == 0 ? 0x5410 : 0x7632", "t % 2 == 0 ? 0x5432 : 0x7610", "fast", WRONG),
     "a square read before it has arrived": (BLOCKS, "wait<kStages - 2>", "wait<kStages - 1>", "fast", WRONG),
     "the column of the step before": (BLOCKS, "next = column(ahead + 1)", "next = column(ahead)", "fast", WRONG),
     "a lost swizzle of rows of 64 bytes": (BLOCKS, ": row / 2 % 4;", ": 0;", "fast", CONFLICTS),
@@ -371,11 +444,12 @@ def test_planted_defects_are_caught(name: str, tmp_path: Path) -> None:
     m, n, k = 40, 130, 260
     format, w = {
         FEW: ("bitmap32", sparse(n, k, 0.5)),
+        BITMAP16: ("bitmap16", sparse(n, 20 * k, 0.2).half()),
         MMA: ("nm24", sparse24(n, k, torch.float16)),
         BLOCKS: ("blocks16", sparse_blocks(n, k, 32, torch.float16)),
         CSR: ("csr", sparse(n, k, 0.5)),
     }[source]
-    x = torch.randn(m, k).to(w.dtype)
+    x = torch.randn(m, w.shape[1]).to(w.dtype)
     report = ""
     try:
         with kernels.launches():
@@ -385,7 +459,8 @@ def test_planted_defects_are_caught(name: str, tmp_path: Path) -> None:
                 got = kernels.spmm(crow, col, values, x, n)
                 gradient = kernels.sddmm(crow, col, dy := torch.randn(m, n), x)
             else:
-                got = kernels.sparse_linear(x, ops.pack(w, format), n, format=format)
+                packed = ops.pack(w, format.replace("16", "32") if source == BITMAP16 else format)
+                got = kernels.sparse_linear(x, packed, n, format=format)
             conflicts = kernels.bank_conflicts()
     except Finding as finding:
         report = str(finding)

@@ -29,6 +29,18 @@ FS_ENTRY const char* sparse_matmul_bitmap32(const void* x, int dtype, int64_t x_
   });
 }
 
+FS_ENTRY const char* sparse_matmul_bitmap16(const void* x, int dtype, int64_t x_stride, int64_t m, const uint8_t* pack,
+                                            int64_t pack_bytes, const float* bias, int activation, void* y) {
+  return fs::simt::guarded([&] {
+    fs::PackHeader header;
+    std::memcpy(&header, pack, sizeof header);
+    fs::sparse_matmul::bitmap16::Weight weight;
+    const std::string error = fs::sparse_matmul::bitmap16::view(header, pack, pack_bytes, &weight);
+    if (!error.empty()) throw std::invalid_argument(error);
+    sm80::linear_bitmap16(weight, rows(x, dtype, x_stride, m, bias, activation, y), nullptr);
+  });
+}
+
 FS_ENTRY const char* sparse_matmul_nm24(const void* x, int dtype, int64_t x_stride, int64_t m, const uint8_t* pack,
                                         int64_t pack_bytes, const float* bias, int activation, void* y) {
   return fs::simt::guarded([&] {
