@@ -15,7 +15,7 @@
 // Sums     mma over ascending tiles in a warp; those of the warps are added in their order, then the bias. Bits depend
 //          neither on M nor on the launch; inside mma the order is not specified.
 // Tails    k: masks and x are zero there; n: bits beyond are zero, stores guarded; m: zero rows, stores guarded.
-// Damage   positions are taken modulo the ring, and copies held within the values: no access outside.
+// Damage   positions are taken modulo the ring, and what lies outside of the values is not copied.
 // Bound    DRAM: 2d + 1/8 bytes a weight, 1.78x dense at 50% zeros. Per 32 weights 1 load of 2 bytes, 1/4 popc, 1/2
 //          shuffle, about 6 instructions in all: 21 weights a clock of an SM by issue, where an H100's DRAM brings 13.
 // Open     the count costs a trip to DRAM before the first value comes; 32 outputs a block leave a GPU idle below N of
@@ -43,11 +43,13 @@ static_assert(kBitmapColumns == 32, "a lane has four of 32 outputs");
 static_assert((kLate + 1) * kTile * 32 * 2 + kFill <= kRing, "what a tile may take has arrived");
 static_assert(2 * kSlack >= kFill, "the last copy stays behind the values");
 
-// Of a block's shared memory: rings, then x of each warp; sums take the place of the rings.
+// Of each warp's shared memory: x, the spots of a step, the ring with room for its first bytes again. Sums take the place
+// of all that.
 template <int kRows>
 constexpr int kXBytes = kStep / kTile * kRows * kTile * 2;
+constexpr int kSpotBytes = 8 * kStep;
 template <int kRows>
-constexpr int kShared = kWarps * (kRing + kXBytes<kRows>);
+constexpr int kWarpBytes = kXBytes<kRows> + kSpotBytes + kRing + 16;
 
 template <class T>
 struct Task {
@@ -71,34 +73,39 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
     ptx::mma_bf16(d, a, b);
 }
 
-// The run of a warp's values on its way through the ring. Positions are bytes from the first value of the pack.
+// The run of a warp's values on its way through the ring. Positions are bytes from the pack's first value, modulo 2^32.
 struct Stream {
   const unsigned char* values;
-  int64_t bytes;   // that there are, with the room behind
-  int64_t filled;  // up to here copies were started; a multiple of kFill
-  int64_t end;
+  const unsigned char* source;  // what the lane copies next
+  uint32_t filled;              // up to here copies were started; a multiple of kFill
+  int64_t copies, sound;        // to come; of them, how many lie within the pack: the others bring zeros
   unsigned char* ring;
 
   // Everything before `used` will not be read again, by any lane.
-  __device__ __forceinline__ void fill(int64_t used, int lane) {
-    for (; filled < end && filled + kFill - kRing <= used; filled += kFill) {
-      const int64_t at = filled + 16 * lane;
-      const int there = static_cast<int>(max(min(bytes - at, int64_t{16}), int64_t{0}));
-      ptx::cp_async<16>(ring + at % kRing, values + (there > 0 ? at : 0), there);
+  __device__ __forceinline__ void fill(uint32_t used, int lane) {
+    for (; copies > 0 && filled + kFill - used <= kRing; --copies, --sound, filled += kFill, source += kFill) {
+      const int slot = static_cast<int>(filled % kRing), bytes = sound > 0 ? 16 : 0;
+      ptx::cp_async<16>(ring + slot + 16 * lane, sound > 0 ? source : values, bytes);
+      // A lane's four values may run beyond the ring: its first bytes are there, too.
+      if (slot == 0 && lane == 0) ptx::cp_async<16>(ring + kRing, sound > 0 ? source : values, bytes);
     }
     ptx::cp_async_commit();
   }
 };
 
-// Values of outputs 4g .. 4g+3 at a k whose mask is `mask` and whose first value is number `first`.
-__device__ __forceinline__ void decode(const unsigned char* ring, uint32_t mask, uint32_t first, int g,
-                                       uint32_t (&w)[4]) {
-  uint32_t at = 2 * (first + static_cast<uint32_t>(__popc(mask & ((1u << 4 * g) - 1))));
-  const uint32_t four = mask >> 4 * g;
+// Of a k: its mask, and where its first value is.
+struct Spot {
+  uint32_t mask, first;
+};
+
+// Values of outputs 4g .. 4g+3 at a k; `below`: the bits below 4g.
+__device__ __forceinline__ void decode(const unsigned char* ring, Spot spot, int g, uint32_t below, uint32_t (&w)[4]) {
+  uint32_t at = (spot.first + 2 * static_cast<uint32_t>(__popc(spot.mask & below))) % kRing;
+  const uint32_t four = spot.mask >> 4 * g;
 #pragma unroll
   for (int o = 0; o < 4; ++o) {
     const uint32_t is_stored = four >> o & 1;
-    w[o] = is_stored != 0 ? *reinterpret_cast<const uint16_t*>(ring + at % kRing) : 0u;  // conflicts as the masks are
+    w[o] = is_stored != 0 ? *reinterpret_cast<const uint16_t*>(ring + at) : 0u;  // conflicts as the masks are
     at += 2 * is_stored;
   }
 }
@@ -153,16 +160,17 @@ struct Sums {
   float at[2][kRows / 8][4];
 };
 
-// Adds the products of 16 k: lane k of the warp from `lane0` on has their masks and where their values begin.
+// Adds the products of 16 k.
 template <class T, int kRows>
-__device__ __forceinline__ void multiply_tile(const unsigned char* ring, const unsigned char* x, uint32_t mask,
-                                              uint32_t first, int lane0, int lane, Sums<kRows>& sums) {
+__device__ __forceinline__ void multiply_tile(const unsigned char* ring, const unsigned char* x, const Spot* spots,
+                                              int lane, Sums<kRows>& sums) {
   const int g = lane / 4, t = lane % 4;
+  const uint32_t below = (1u << 4 * g) - 1;
   uint32_t w[4][4];  // [k t + 4i][output]
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int from = lane0 + 4 * i + t;
-    decode(ring, __shfl_sync(kAll, mask, from), __shfl_sync(kAll, first, from), g, w[i]);
+    const uint2 spot = ptx::load8(spots + 4 * i + t);
+    decode(ring, {spot.x, spot.y}, g, below, w[i]);
   }
   uint32_t b[kRows / 8][2];
 #pragma unroll
@@ -204,14 +212,18 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows16(Task<T> t) {
   for (int w = 0; w < warp; ++w) before += counts[w];
   // The offsets are the pack's, and may be anything.
   const uint64_t total = static_cast<uint64_t>(t.weight.total);
-  int64_t used = 2 * static_cast<int64_t>(before < total ? before : total);
-  Stream stream{reinterpret_cast<const unsigned char*>(t.weight.value), 2 * (t.weight.total + kSlack),
-                used / kFill * kFill, used + 2 * static_cast<int64_t>(count), memory + warp * kRing};
+  const int64_t run = 2 * static_cast<int64_t>(before < total ? before : total), run0 = run / kFill * kFill;
+  const int64_t run_bytes = 2 * static_cast<int64_t>(count) + run - run0, there = 2 * (t.weight.total + kSlack) - run0;
+  unsigned char* own = memory + warp * kWarpBytes<kRows>;
+  auto* spots = reinterpret_cast<Spot*>(own + kXBytes<kRows>);
+  uint32_t used = static_cast<uint32_t>(run);
+  const auto* values = reinterpret_cast<const unsigned char*>(t.weight.value);
+  Stream stream{values, values + run0 + 16 * lane, static_cast<uint32_t>(run0),
+                (run_bytes + kFill - 1) / kFill, there / kFill, own + kXBytes<kRows> + kSpotBytes};
   stream.fill(used, lane);
   for (int i = 1; i < kLate; ++i) ptx::cp_async_commit();
 
   // A lane brings 16 k of a row of x.
-  unsigned char* tiles = memory + kWarps * kRing + warp * kXBytes<kRows>;
   const int x_row = lane % kRows, x_tile = lane / kRows;
   const bool brings_x = x_tile < kStep / kTile;
   const auto mask_at = [&](int64_t k) { return k + lane < end ? mask[k + lane] : 0u; };
@@ -219,23 +231,23 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows16(Task<T> t) {
   if (brings_x) load_x(t, row0 + x_row, begin + kTile * x_tile, end, x);
   Sums<kRows> sums{};
   for (int64_t k = begin; k < end; k += kStep) {
-    if (brings_x) store_x(tiles + x_tile * (kXBytes<kRows> / 2), x_row, x);
-    const uint32_t now = bits, own = static_cast<uint32_t>(__popc(now)), below = sum_below(own, lane);
+    if (brings_x) store_x(own + x_tile * (kXBytes<kRows> / 2), x_row, x);
+    const uint32_t bytes = 2 * static_cast<uint32_t>(__popc(bits)), first = used + sum_below(bytes, lane);
+    ptx::store8(spots + lane, make_uint2(bits, first));
     bits = mask_at(k + kStep);
     if (brings_x) load_x(t, row0 + x_row, k + kStep + kTile * x_tile, end, x);
-    const uint32_t first = static_cast<uint32_t>(used / 2) + below;  // modulo the ring that is enough
 #pragma unroll
     for (int tile = 0; tile < kStep / kTile; ++tile) {
-      stream.fill(used + 2 * static_cast<int64_t>(__shfl_sync(kAll, below, kTile * tile)), lane);
+      stream.fill(__shfl_sync(kAll, first, kTile * tile), lane);
       ptx::cp_async_wait<kLate>();
-      __syncwarp();  // the values are there for all lanes, and so is x
-      multiply_tile<T, kRows>(stream.ring, tiles + tile * (kXBytes<kRows> / 2), now, first, kTile * tile, lane, sums);
-      __syncwarp();  // nobody reads what the next copies, or the next x, replace
+      __syncwarp();  // values, x and spots are there for all lanes
+      multiply_tile<T, kRows>(stream.ring, own + tile * (kXBytes<kRows> / 2), spots + kTile * tile, lane, sums);
+      __syncwarp();  // nobody reads what comes in their place
     }
-    used += 2 * static_cast<int64_t>(__shfl_sync(kAll, below + own, 31));
+    used = __shfl_sync(kAll, first + bytes, 31);
   }
   ptx::cp_async_wait<0>();
-  __syncthreads();  // nobody reads a ring any more
+  __syncthreads();  // nobody reads any of that any more
 
   float* results = reinterpret_cast<float*>(memory);
 #pragma unroll
@@ -261,10 +273,10 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows16(Task<T> t) {
 
 template <class T, int kRows>
 void launch_rows(Task<T> t, cudaStream_t stream) {
-  static_assert(kRows <= kWarps && kRows * 32 * 4 <= kRing, "a warp stores a row, and its sums fit its ring");
+  static_assert(kRows <= kWarps && kRows * 32 * 4 <= kWarpBytes<kRows>, "a warp stores a row, and its sums fit");
   t.row_groups = (t.m + kRows - 1) / kRows;
   const int64_t blocks = (t.weight.n + kBitmapColumns - 1) / kBitmapColumns;
-  launch({dim3(static_cast<unsigned>(blocks * t.row_groups)), dim3(kThreads), kShared<kRows>, stream},
+  launch({dim3(static_cast<unsigned>(blocks * t.row_groups)), dim3(kThreads), kWarps * kWarpBytes<kRows>, stream},
          few_rows16<T, kRows>, t);
 }
 
