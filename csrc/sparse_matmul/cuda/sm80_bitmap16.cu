@@ -7,11 +7,11 @@
 //          finds the first; in one load the lanes of a warp touch four k beside each other, at 50% zeros 128 bytes.
 // Work     a thread block of 16 warps takes 32 outputs; K is split over the warps. Where a warp's values begin only the
 //          masks before tell, so the block counts them first: 1/8 byte a weight, read twice, the second time from L2.
-// Reads    the values of a warp are one run of bytes, which goes through a ring of its own by cp.async, 512 bytes at a
-//          time, up to 4 KB ahead whatever the masks are; masks and x a step of 32 k ahead in registers. x is permuted
-//          to the places above on its way to shared memory.
-// Ring     a tile takes at most 1 KB. It is filled at each tile until the next 512 bytes would reach what is not used
-//          yet: that is at least 3.5 KB ahead, so the copies of the last two tiles may still be under way (kLate).
+// Reads    the values of a warp are one run of bytes, which goes through a ring of its own by cp.async, 1 KB at a time, up
+//          to 8 KB ahead whatever the masks are; masks and x a step of 32 k ahead in registers. x is permuted to the
+//          places above on its way to shared memory.
+// Ring     a step takes at most 2 KB. The ring is filled at each step until the next 1 KB would reach what is not used
+//          yet: that is more than 7 KB ahead, so the copies of the last two steps may still be under way (kLate).
 // Sums     mma over ascending tiles in a warp; those of the warps are added in their order, then the bias. Bits depend
 //          neither on M nor on the launch; inside mma the order is not specified.
 // Tails    k: masks and x are zero there; n: bits beyond are zero, stores guarded; m: zero rows, stores guarded.
@@ -37,10 +37,10 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kStep = 32;  // k that a warp takes at a time, one mask a lane
 constexpr int kTile = 16;  // k of an mma
-constexpr int kRing = 4096, kFill = 512;
+constexpr int kRing = 8192, kFill = 1024;
 constexpr int kLate = 2;
 static_assert(kBitmapColumns == 32, "a lane has four of 32 outputs");
-static_assert((kLate + 1) * kTile * 32 * 2 + kFill <= kRing, "what a tile may take has arrived");
+static_assert((kLate + 1) * kStep * 32 * 2 + kFill <= kRing, "what a step may take has arrived");
 static_assert(2 * kSlack >= kFill, "the last copy stays behind the values");
 
 // Of each warp's shared memory: x, the spots of a step, the ring with room for its first bytes again. Sums take the place
@@ -78,16 +78,18 @@ struct Stream {
   const unsigned char* values;
   const unsigned char* source;  // what the lane copies next
   uint32_t filled;              // up to here copies were started; a multiple of kFill
-  int64_t copies, sound;        // to come; of them, how many lie within the pack: the others bring zeros
+  int copies, sound;            // to come; of them, how many lie within the pack: the others bring zeros
   unsigned char* ring;
 
   // Everything before `used` will not be read again, by any lane.
   __device__ __forceinline__ void fill(uint32_t used, int lane) {
     for (; copies > 0 && filled + kFill - used <= kRing; --copies, --sound, filled += kFill, source += kFill) {
       const int slot = static_cast<int>(filled % kRing), bytes = sound > 0 ? 16 : 0;
-      ptx::cp_async<16>(ring + slot + 16 * lane, sound > 0 ? source : values, bytes);
+      const unsigned char* from = sound > 0 ? source : values;
+#pragma unroll
+      for (int i = 0; i < kFill; i += 512) ptx::cp_async<16>(ring + slot + 16 * lane + i, from + i, bytes);
       // A lane's four values may run beyond the ring: its first bytes are there, too.
-      if (slot == 0 && lane == 0) ptx::cp_async<16>(ring + kRing, sound > 0 ? source : values, bytes);
+      if (slot == 0 && lane == 0) ptx::cp_async<16>(ring + kRing, from, bytes);
     }
     ptx::cp_async_commit();
   }
@@ -100,13 +102,15 @@ struct Spot {
 
 // Values of outputs 4g .. 4g+3 at a k; `below`: the bits below 4g.
 __device__ __forceinline__ void decode(const unsigned char* ring, Spot spot, int g, uint32_t below, uint32_t (&w)[4]) {
-  uint32_t at = (spot.first + 2 * static_cast<uint32_t>(__popc(spot.mask & below))) % kRing;
+  const unsigned char* at = ring + (spot.first + 2 * static_cast<uint32_t>(__popc(spot.mask & below))) % kRing;
   const uint32_t four = spot.mask >> 4 * g;
 #pragma unroll
   for (int o = 0; o < 4; ++o) {
-    const uint32_t is_stored = four >> o & 1;
-    w[o] = is_stored != 0 ? *reinterpret_cast<const uint16_t*>(ring + at) : 0u;  // conflicts as the masks are
-    at += 2 * is_stored;
+    w[o] = 0;
+    if ((four & 1u << o) != 0) {
+      w[o] = *reinterpret_cast<const uint16_t*>(at);  // conflicts as the masks are
+      at += 2;
+    }
   }
 }
 
@@ -219,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows16(Task<T> t) {
   uint32_t used = static_cast<uint32_t>(run);
   const auto* values = reinterpret_cast<const unsigned char*>(t.weight.value);
   Stream stream{values, values + run0 + 16 * lane, static_cast<uint32_t>(run0),
-                (run_bytes + kFill - 1) / kFill, there / kFill, own + kXBytes<kRows> + kSpotBytes};
+                static_cast<int>((run_bytes + kFill - 1) / kFill), static_cast<int>(min(there / kFill, int64_t{1} << 30)), own + kXBytes<kRows> + kSpotBytes};
   stream.fill(used, lane);
   for (int i = 1; i < kLate; ++i) ptx::cp_async_commit();
 
@@ -236,14 +240,13 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows16(Task<T> t) {
     ptx::store8(spots + lane, make_uint2(bits, first));
     bits = mask_at(k + kStep);
     if (brings_x) load_x(t, row0 + x_row, k + kStep + kTile * x_tile, end, x);
+    stream.fill(used, lane);
+    ptx::cp_async_wait<kLate>();
+    __syncwarp();  // values, x and spots are there for all lanes
 #pragma unroll
-    for (int tile = 0; tile < kStep / kTile; ++tile) {
-      stream.fill(__shfl_sync(kAll, first, kTile * tile), lane);
-      ptx::cp_async_wait<kLate>();
-      __syncwarp();  // values, x and spots are there for all lanes
+    for (int tile = 0; tile < kStep / kTile; ++tile)
       multiply_tile<T, kRows>(stream.ring, own + tile * (kXBytes<kRows> / 2), spots + kTile * tile, lane, sums);
-      __syncwarp();  // nobody reads what comes in their place
-    }
+    __syncwarp();  // nobody reads what comes in their place
     used = __shfl_sync(kAll, first + bytes, 31);
   }
   ptx::cp_async_wait<0>();
