@@ -16,7 +16,8 @@ from fastsparse import ops, reference
 from support import same_bits, strided
 
 FEW, BITMAP16, MMA, BLOCKS, CSR = (
-    builds.ROOT / f"csrc/sparse_matmul/cuda/sm80_{name}.cu" for name in ("few_rows", "bitmap16", "mma_sp", "blocks", "csr")
+    builds.ROOT / f"csrc/sparse_matmul/cuda/sm80_{name}.cu"
+    for name in ("few_rows", "bitmap16", "mma_sp", "blocks", "csr")
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [None, "relu", "gelu", "silu"]
@@ -346,7 +347,9 @@ def test_a_damaged_csr_is_never_followed_outside(kernels: StandIn) -> None:
     x, dy, values = torch.randn(m, k), torch.randn(m, n), torch.randn(nonzeros)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
-        dtype, low, high = [(torch.int64, -(2**62), 2**62), (torch.int32, -(2**31), 2**31), (torch.int32, -9, 450)][seed]
+        dtype, low, high = [(torch.int64, -(2**62), 2**62), (torch.int32, -(2**31), 2**31), (torch.int32, -9, 450)][
+            seed
+        ]
         crow = torch.randint(low, high, (n + 1,), dtype=dtype, generator=generator)
         col = torch.randint(-3, k + 3, (nonzeros,), dtype=torch.int32, generator=generator)
         with kernels.launches(seed):
@@ -386,7 +389,13 @@ DEFECTS = {
         r"race: .*sm80_mma_sp\.cu:\d+",
     ),
     "values read before they have arrived": (BITMAP16, "wait<kLate>", "wait<kLate + 2>", "fast", WRONG),
-    "a ring filled over values that are not used yet": (BITMAP16, "kFill - used <= kRing", "kFill - used <= kRing + 2048", "fast", WRONG),
+    "a ring filled over values that are not used yet": (
+        BITMAP16,
+        "kFill - used <= kRing",
+        "kFill - used <= kRing + 2048",
+        "fast",
+        WRONG,
+    ),
     "lanes that do not wait for each other's values": (
         BITMAP16,
         "__syncwarp();  // values, x and spots are there for all lanes",
@@ -394,8 +403,20 @@ DEFECTS = {
         "race",
         r"(race|under way|uninitialised).*sm80_bitmap16\.cu:\d+",
     ),
-    "nothing behind the end of the ring": (BITMAP16, "if (slot == 0 && lane == 0)", "if (slot < 0)", "race", "uninitialised"),
-    "k in another order than x": (BITMAP16, "t % 2 == 0 ? 0x5410 : 0x7632", "t % 2 == 0 ? 0x5432 : 0x7610", "fast", WRONG),
+    "nothing behind the end of the ring": (
+        BITMAP16,
+        "if (slot == 0 && lane == 0)",
+        "if (slot < 0)",
+        "race",
+        "uninitialised",
+    ),
+    "k in another order than x": (
+        BITMAP16,
+        "t % 2 == 0 ? 0x5410 : 0x7632",
+        "t % 2 == 0 ? 0x5432 : 0x7610",
+        "fast",
+        WRONG,
+    ),
     "the column of the step before": (BLOCKS, "next = column(ahead + 1)", "next = column(ahead)", "fast", WRONG),
     "a lost swizzle of rows of 64 bytes": (BLOCKS, ": row / 2 % 4;", ": 0;", "fast", CONFLICTS),
     "a stage refilled while others read it": (
@@ -412,7 +433,13 @@ DEFECTS = {
         "race",
         r"out of bounds: .*",
     ),
-    "the values of a row behind those handed round": (CSR, "for (; j < count; ++j)", "for (; j < 0; ++j)", "fast", WRONG),
+    "the values of a row behind those handed round": (
+        CSR,
+        "for (; j < count; ++j)",
+        "for (; j < 0; ++j)",
+        "fast",
+        WRONG,
+    ),
     "a column that the structure may make up": (CSR, "column < s.k; }", "column <= s.k; }", "race", "out of bounds"),
     "a gradient of half the rows": (CSR, "m += 4 * kShare", "m += 8 * kShare", "fast", "gradient"),
     "results stored before all outputs are there": (

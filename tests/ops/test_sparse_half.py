@@ -146,7 +146,7 @@ def test_operators_have_fake_kernels() -> None:
         assert torch.ops.fastsparse.half_pack(torch.empty(5, 9).half(), 5).shape == pack.shape
 
 
-# --- blocks16, bitmap32 ------------------------------------------------------------------------------------------------
+# --- blocks16, bitmap32 ----------------------------------------------------------------------------------------------
 
 
 def in_squares(n: int, k: int, block: int, part: float, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -181,9 +181,13 @@ def blocks_by_the_book(w: Tensor) -> bytes:
     count = used.sum(1)
     order = np.array(sorted(range(len(count)), key=lambda r: (-count[r], r)), dtype=np.uint32)
     offset = np.concatenate([[0], np.cumsum(count)]).astype(np.uint32)
-    payload = section(order) + section(offset) + section(np.nonzero(used)[1].astype(np.uint32)) + squares[used].tobytes()
+    payload = (
+        section(order) + section(offset) + section(np.nonzero(used)[1].astype(np.uint32)) + squares[used].tobytes()
+    )
     dtype, nonzeros = 3 if w.dtype == torch.float16 else 4, int(w.count_nonzero())
-    return struct.pack("<4sHHIIqqqQ16s", b"fspk", 14, 1, dtype, b, n, k, nonzeros, 64 + len(payload), bytes(16)) + payload
+    return (
+        struct.pack("<4sHHIIqqqQ16s", b"fspk", 14, 1, dtype, b, n, k, nonzeros, 64 + len(payload), bytes(16)) + payload
+    )
 
 
 def bitmap_by_the_book(w: Tensor) -> bytes:
@@ -198,7 +202,9 @@ def bitmap_by_the_book(w: Tensor) -> bytes:
     value = np.concatenate([by_k[by_k != 0], np.zeros(512, dtype=np.uint16)])
     payload = section(offset) + section(mask) + section(value)
     dtype, nonzeros = 3 if w.dtype == torch.float16 else 4, int(w.count_nonzero())
-    return struct.pack("<4sHHIIqqqQ16s", b"fspk", 2, 1, dtype, 32, n, k, nonzeros, 64 + len(payload), bytes(16)) + payload
+    return (
+        struct.pack("<4sHHIIqqqQ16s", b"fspk", 2, 1, dtype, 32, n, k, nonzeros, 64 + len(payload), bytes(16)) + payload
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -42,13 +42,13 @@ void linear_blocks16(const blocks16::Weight& weight, const Rows& rows, void* str
 // Where W[n, k] is not zero, in the order of its rows.
 struct Csr {
   int64_t n, k, nonzeros;
-  const void* crow;    // [n + 1], int64_t if wide_crow, else int32_t: the first value of each row, and nonzeros at last
+  const void* crow;  // [n + 1], int64_t if wide_crow, else int32_t: the first value of each row, and nonzeros at last
   bool wide_crow;
   const int32_t* col;  // [nonzeros]
 };
 
-// sm80_csr.cu: y[m, n] = x[m, k] W^T, W = (weight, values), all float32; rows of x x_stride elements apart, y contiguous.
-// scratch: that many floats, at a multiple of 16 bytes.
+// sm80_csr.cu: y[m, n] = x[m, k] W^T, W = (weight, values), all float32; rows of x x_stride elements apart, y
+// contiguous. scratch: that many floats, at a multiple of 16 bytes.
 int64_t spmm_scratch_floats(const Csr& weight, int64_t m);
 void spmm(const Csr& weight, const float* values, const float* x, int64_t x_stride, int64_t m, float* y, float* scratch,
           void* stream);

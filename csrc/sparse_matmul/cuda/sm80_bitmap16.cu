@@ -3,11 +3,13 @@
 // Idea     load sparse, compute dense, on tensor cores: a warp makes tiles of 16 k x 32 outputs from mask and values in
 //          registers, as A of two mma.m16n8k16; B is x. So the work per weight hardly depends on the rows of x.
 // Places   which output is which row of A and which k which column is free, as long as x agrees: lane (g, t) holds
-//          outputs 4g .. 4g+3 at k t, t+4, t+8, t+12. The four outputs have their values beside each other, and one popc
-//          finds the first; in one load the lanes of a warp touch four k beside each other, at 50% zeros 128 bytes.
+//          outputs 4g .. 4g+3 at k t, t+4, t+8, t+12. The four outputs have their values beside each other, and one
+//          popc finds the first; in one load the lanes of a warp touch four k beside each other, at 50% zeros 128
+//          bytes.
 // Work     a thread block of 16 warps takes 32 outputs; K is split over the warps. Where a warp's values begin only the
 //          masks before tell, so the block counts them first: 1/8 byte a weight, read twice, the second time from L2.
-// Reads    the values of a warp are one run of bytes, which goes through a ring of its own by cp.async, 1 KB at a time, up
+// Reads    the values of a warp are one run of bytes, which goes through a ring of its own by cp.async, 1 KB at a time,
+// up
 //          to 8 KB ahead whatever the masks are; masks and x a step of 32 k ahead in registers. x is permuted to the
 //          places above on its way to shared memory.
 // Ring     a step takes at most 2 KB. The ring is filled at each step until the next 1 KB would reach what is not used
@@ -43,8 +45,8 @@ static_assert(kBitmapColumns == 32, "a lane has four of 32 outputs");
 static_assert((kLate + 1) * kStep * 32 * 2 + kFill <= kRing, "what a step may take has arrived");
 static_assert(2 * kSlack >= kFill, "the last copy stays behind the values");
 
-// Of each warp's shared memory: x, the spots of a step, the ring with room for its first bytes again. Sums take the place
-// of all that.
+// Of each warp's shared memory: x, the spots of a step, the ring with room for its first bytes again. Sums take the
+// place of all that.
 template <int kRows>
 constexpr int kXBytes = kStep / kTile * kRows * kTile * 2;
 constexpr int kSpotBytes = 8 * kStep;
@@ -222,8 +224,12 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows16(Task<T> t) {
   auto* spots = reinterpret_cast<Spot*>(own + kXBytes<kRows>);
   uint32_t used = static_cast<uint32_t>(run);
   const auto* values = reinterpret_cast<const unsigned char*>(t.weight.value);
-  Stream stream{values, values + run0 + 16 * lane, static_cast<uint32_t>(run0),
-                static_cast<int>((run_bytes + kFill - 1) / kFill), static_cast<int>(min(there / kFill, int64_t{1} << 30)), own + kXBytes<kRows> + kSpotBytes};
+  Stream stream{values,
+                values + run0 + 16 * lane,
+                static_cast<uint32_t>(run0),
+                static_cast<int>((run_bytes + kFill - 1) / kFill),
+                static_cast<int>(min(there / kFill, int64_t{1} << 30)),
+                own + kXBytes<kRows> + kSpotBytes};
   stream.fill(used, lane);
   for (int i = 1; i < kLate; ++i) ptx::cp_async_commit();
 
@@ -289,9 +295,8 @@ void linear_as(const bitmap16::Weight& weight, const Rows& rows, cudaStream_t st
   const int warps = warp_steps == 0 ? 0 : static_cast<int>((steps + warp_steps - 1) / warp_steps);
   const auto* x = static_cast<const uint16_t*>(rows.x);
   const bool x_vectors = reinterpret_cast<uintptr_t>(x) % 16 == 0 && rows.x_stride % kChunk == 0;
-  const Task<T> t{weight,    warp_steps * kStep, warps,     0,
-                  x,         rows.x_stride,      rows.m,    x_vectors,
-                  rows.bias, rows.activation,    static_cast<T*>(rows.y)};
+  const Task<T> t{weight,          warp_steps * kStep,     warps, 0, x, rows.x_stride, rows.m, x_vectors, rows.bias,
+                  rows.activation, static_cast<T*>(rows.y)};
   if (rows.m <= 8) return launch_rows<T, 8>(t, stream);
   launch_rows<T, 16>(t, stream);
 }

@@ -203,8 +203,8 @@ template <class T, class Shape>
 void launch_blocks(Operands o, const Epilogue& e, void* y, cudaStream_t stream) {
   o.row_tiles = (o.m + Shape::kX - 1) / Shape::kX;
   o.square_rows = blocks16::squares(o.weight.n, Shape::kBlock);
-  launch({dim3(static_cast<unsigned>(o.row_tiles * o.square_rows)), dim3(kThreads),
-          Shape::kStages * Shape::kStageBytes, stream},
+  launch({dim3(static_cast<unsigned>(o.row_tiles * o.square_rows)), dim3(kThreads), Shape::kStages * Shape::kStageBytes,
+          stream},
          multiply_blocks<T, Shape>, o, e, static_cast<T*>(y));
 }
 

@@ -3,8 +3,8 @@
 //   sddmm   grad[i] = sum_m dy[m, row of i] * x[m, column of i], the gradient to the values alone
 // Idea     both need whole columns of x (and of dy), so these are transposed first, rows filled up with zeros to 32.
 // spmm     a warp is an output, its lanes are rows of x: 4 each in a panel of 128 rows (1 each up to 32 rows). Indices
-//          and values come 32 at a time by a coalesced load and go round by shuffles; a block of 8 warps has 32 outputs,
-//          whose results pass through shared memory, so that y is written 128 bytes at a time.
+//          and values come 32 at a time by a coalesced load and go round by shuffles; a block of 8 warps has 32
+//          outputs, whose results pass through shared memory, so that y is written 128 bytes at a time.
 // sddmm    a block is a row of W; 8 lanes share a value and read 128 bytes of both columns at once, 4 values each.
 // Sums     spmm: one chain of fmaf in the order of the structure, from +0: the CPU's bits for ascending columns. sddmm:
 //          lane s of 8 is the chain over m = 4s .. 4s+3, 32 + 4s .., then lanes are added by distance 4, 2, 1. Neither
@@ -24,14 +24,14 @@ namespace fs::sparse_matmul::sm80 {
 namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kTile = 32;      // of the transposition, and what transposed rows are filled up to
-constexpr int kOutputs = 32;   // of a block of spmm
-constexpr int kWarps = 8;      // of spmm and of the transposition
+constexpr int kTile = 32;     // of the transposition, and what transposed rows are filled up to
+constexpr int kOutputs = 32;  // of a block of spmm
+constexpr int kWarps = 8;     // of spmm and of the transposition
 constexpr int kThreads = 32 * kWarps;
-constexpr int kAhead = 8;      // values whose columns are loaded before the first is used
+constexpr int kAhead = 8;  // values whose columns are loaded before the first is used
 constexpr int kSampleWarps = 4, kSampleThreads = 32 * kSampleWarps;
-constexpr int kShare = 8;      // lanes that share a value of sddmm
-constexpr int kEach = 4;       // values that they do at a time
+constexpr int kShare = 8;  // lanes that share a value of sddmm
+constexpr int kEach = 4;   // values that they do at a time
 
 constexpr int64_t padded(int64_t m) { return (m + kTile - 1) / kTile * kTile; }
 
@@ -51,8 +51,8 @@ __device__ __forceinline__ int64_t begin_of(const Structure& s, int64_t row) {
 __device__ __forceinline__ bool is_column(const Structure& s, int32_t column) { return column >= 0 && column < s.k; }
 
 // out[c][r] = in[r][c], r up to height, a multiple of kTile; zero from `rows` on.
-__global__ void __launch_bounds__(kThreads) transpose(const float* in, int64_t in_stride, int64_t rows,
-                                                            int64_t columns, int64_t height, float* out) {
+__global__ void __launch_bounds__(kThreads)
+    transpose(const float* in, int64_t in_stride, int64_t rows, int64_t columns, int64_t height, float* out) {
   FS_SHARED(float, tile, [kTile][kTile + 1]);
   const int lane = static_cast<int>(threadIdx.x) % kTile, warp = static_cast<int>(threadIdx.x) / kTile;
   const int64_t row_tiles = height / kTile;
@@ -133,8 +133,8 @@ __device__ __forceinline__ int place(int output, int lane) {
 }
 
 template <int kRows>
-__global__ void __launch_bounds__(kThreads) spmm_rows(Structure s, const float* values, const float* x, int64_t m,
-                                                         float* y) {
+__global__ void __launch_bounds__(kThreads)
+    spmm_rows(Structure s, const float* values, const float* x, int64_t m, float* y) {
   FS_SHARED(float, results, [kOutputs * (kRows == 4 ? 128 : 33)]);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   constexpr int kPanel = 32 * kRows;
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(kThreads) spmm_rows(Structure s, const float* 
 }
 
 // dy and x are transposed, [n] and [k] rows of padded_m.
-__global__ void __launch_bounds__(kSampleThreads) sddmm_values(Structure s, const float* dy, const float* x,
-                                                                  float* grad) {
+__global__ void __launch_bounds__(kSampleThreads)
+    sddmm_values(Structure s, const float* dy, const float* x, float* grad) {
   constexpr int kGroups = 32 / kShare;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int group = lane / kShare, share = lane % kShare;
@@ -230,16 +230,16 @@ Structure structure_of(const Csr& w, int64_t m) {
 int64_t spmm_scratch_floats(const Csr& weight, int64_t m) { return padded(m) * weight.k; }
 int64_t sddmm_scratch_floats(const Csr& weight, int64_t m) { return padded(m) * (weight.k + weight.n); }
 
-void spmm(const Csr& weight, const float* values, const float* x, int64_t x_stride, int64_t m, float* y,
-          float* scratch, void* stream) {
+void spmm(const Csr& weight, const float* values, const float* x, int64_t x_stride, int64_t m, float* y, float* scratch,
+          void* stream) {
   if (m == 0 || weight.n == 0) return;
   auto* s = static_cast<cudaStream_t>(stream);
   transpose_to(x, x_stride, m, weight.k, scratch, s);
   const Structure structure = structure_of(weight, m);
   const int64_t outputs = (weight.n + kOutputs - 1) / kOutputs;
   const auto start = [&](auto kernel, int64_t panel) {
-    launch({dim3(static_cast<unsigned>(outputs * ((m + panel - 1) / panel))), dim3(kThreads), 0, s}, kernel,
-           structure, values, static_cast<const float*>(scratch), m, y);
+    launch({dim3(static_cast<unsigned>(outputs * ((m + panel - 1) / panel))), dim3(kThreads), 0, s}, kernel, structure,
+           values, static_cast<const float*>(scratch), m, y);
   };
   if (m <= 32) return start(spmm_rows<1>, 32);
   start(spmm_rows<4>, 128);
@@ -252,8 +252,8 @@ void sddmm(const Csr& weight, const float* dy, int64_t dy_stride, const float* x
   float *x_there = scratch, *dy_there = scratch + padded(m) * weight.k;
   transpose_to(x, x_stride, m, weight.k, x_there, s);
   transpose_to(dy, dy_stride, m, weight.n, dy_there, s);
-  launch({dim3(static_cast<unsigned>(weight.n)), dim3(kSampleThreads), 0, s}, sddmm_values,
-         structure_of(weight, m), static_cast<const float*>(dy_there), static_cast<const float*>(x_there), grad);
+  launch({dim3(static_cast<unsigned>(weight.n)), dim3(kSampleThreads), 0, s}, sddmm_values, structure_of(weight, m),
+         static_cast<const float*>(dy_there), static_cast<const float*>(x_there), grad);
 }
 
 }  // namespace fs::sparse_matmul::sm80

@@ -44,8 +44,7 @@ std::string view(const PackHeader& h, const uint8_t* bytes, int64_t size, Weight
   if (std::memcmp(h.magic, "fspk", 4) != 0)
     return "got bytes that do not begin with \"fspk\"; make one with ops.pack()";
   if (h.format != kFormat) return "got format " + text(h.format) + ", expected 2 (bitmap32)";
-  if (h.version != formats::kVersion)
-    return "got bitmap32 version " + text(h.version) + ", this build reads version 1";
+  if (h.version != formats::kVersion) return "got bitmap32 version " + text(h.version) + ", this build reads version 1";
   if ((h.dtype != kF16 && h.dtype != kBf16) || h.block != kBitmapColumns)
     return "got dtype code " + text(h.dtype) + " and block " + text(h.block) + ", expected 3 or 4 and 32";
   const bool sides = h.n >= 0 && h.k >= 0 && h.n < kLargestSide && h.k < kLargestSide;

@@ -18,10 +18,10 @@ inline constexpr int kFormat = 2;
 // A pack, taken apart; the pointers may be device pointers.
 struct Weight {
   int64_t n, k;
-  DType dtype;            // bf16 or f16
-  int64_t total;          // stored values, behind which are 512 zeros
+  DType dtype;             // bf16 or f16
+  int64_t total;           // stored values, behind which are 512 zeros
   const uint64_t* offset;  // first value of each block of 32 outputs
-  const uint32_t* mask;   // [blocks][k], bit j: output 32 * block + j
+  const uint32_t* mask;    // [blocks][k], bit j: output 32 * block + j
   const uint16_t* value;
 };
 

@@ -54,7 +54,8 @@ def sparse_linear(
     Args:
         x: float32 [..., K]; any strides. bfloat16 and float16 are computed in float32 and rounded at the end. For a
             weight of 16 bits: of the weight's dtype.
-        weight: a pack of f32[N, K], from `pack`; on CUDA also of float16 or bfloat16. It is a plain tensor without a gradient.
+        weight: a pack of f32[N, K], from `pack`; on CUDA also of float16 or bfloat16. It is a plain tensor without a
+            gradient.
         bias: float32 [N].
         activation: None, "relu", "gelu" (the exact one) or "silu".
         out_features: N. Needed under torch.compile where there is no bias (the pack's bytes can't be read there).
@@ -172,10 +173,8 @@ def _(pack: Tensor, n: int, k: int) -> Tensor:
 def _(weight: Tensor, format: int) -> Tensor:
     n, k = weight.shape
     if format == HALF_FORMATS["nm24"]:
-        size = HEADER.size + -(-n // 16) * 16 * (-(-k // 64) * 64) * 9 // 8
-    else:  # by the zeros
-        size = torch.library.get_ctx().new_dynamic_size(min=HEADER.size)
-    return weight.new_empty(size, dtype=torch.uint8)
+        return weight.new_empty(HEADER.size + -(-n // 16) * 16 * (-(-k // 64) * 64) * 9 // 8, dtype=torch.uint8)
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size(min=HEADER.size), dtype=torch.uint8)
 
 
 @torch.library.register_fake("fastsparse::half_unpack")
