@@ -111,7 +111,7 @@ def test_damaged_bitmap32_is_never_read_outside(kernels: StandIn) -> None:
 # --- bitmap32 of 16-bit values ---------------------------------------------------------------------------------------
 
 HALVES = [torch.bfloat16, torch.float16]
-# Off every tile: 8 and 16 rows; 32 outputs; 16 and 32 k, 16 warps of them; the ring of 8 KB at every density.
+# Off every tile: 8 and 16 rows; 32 outputs; 16 and 32 k, 16 warps of them; the ring of 4 KB at every density.
 SHAPES_16 = [(1, 1, 1), (2, 33, 64), (7, 95, 1025), (8, 32, 15), (9, 64, 2100), (16, 31, 513), (19, 70, 97)]
 
 
@@ -392,7 +392,7 @@ DEFECTS = {
     "a ring filled over values that are not used yet": (
         BITMAP16,
         "kFill - used <= kRing",
-        "kFill - used <= kRing + 2048",
+        "kFill - used <= kRing + 1024",
         "fast",
         WRONG,
     ),

@@ -8,18 +8,23 @@
 //          bytes.
 // Work     a thread block of 16 warps takes 32 outputs; K is split over the warps. Where a warp's values begin only the
 //          masks before tell, so the block counts them first: 1/8 byte a weight, read twice, the second time from L2.
-// Reads    the values of a warp are one run of bytes, which goes through a ring of its own by cp.async, 1 KB at a time,
-// up
-//          to 8 KB ahead whatever the masks are; masks and x a step of 32 k ahead in registers. x is permuted to the
-//          places above on its way to shared memory.
-// Ring     a step takes at most 2 KB. The ring is filled at each step until the next 1 KB would reach what is not used
-//          yet: that is more than 7 KB ahead, so the copies of the last two steps may still be under way (kLate).
+// Reads    the values of a warp are one run of bytes, which goes through a ring of its own by cp.async, 512 bytes at a
+//          time, up to 4 KB ahead whatever the masks are; masks and x a step of 32 k ahead in registers. x is permuted
+//          to the places above on its way to shared memory.
+// Ring     a tile takes at most 1 KB. The ring is filled at each tile until the next 512 bytes would reach what is not
+//          used yet: that is more than 3.5 KB ahead, so the copies of the last two tiles may still be under way
+//          (kLate).
 // Sums     mma over ascending tiles in a warp; those of the warps are added in their order, then the bias. Bits depend
 //          neither on M nor on the launch; inside mma the order is not specified.
 // Tails    k: masks and x are zero there; n: bits beyond are zero, stores guarded; m: zero rows, stores guarded.
 // Damage   positions are taken modulo the ring, and what lies outside of the values is not copied.
-// Bound    DRAM: 2d + 1/8 bytes a weight, 1.78x dense at 50% zeros. Per 32 weights 1 load of 2 bytes, 1/4 popc, 1/2
-//          shuffle, about 6 instructions in all: 21 weights a clock of an SM by issue, where an H100's DRAM brings 13.
+// Bound    DRAM: 2d + 1/8 bytes a weight, 1.78x dense at 50% zeros. By the machine code about 11 instructions of a warp
+//          per 32 weights, in them one load of 2 bytes: 11.5 weights a clock of an SM where an H100's DRAM brings 13,
+//          so these instructions are what to look at first.
+// Tried    The bit as a number that moves the position: 6 instructions a weight; as a condition (below), with one R2P
+// for
+//          four of them: 4. A ring of 8 KB, filled every 32 k: a fifth fewer instructions, but its 152 KB of shared
+//          memory are more than chips other than sm_80 and sm_90 have (99 KB).
 // Open     the count costs a trip to DRAM before the first value comes; 32 outputs a block leave a GPU idle below N of
 //          about 4000.
 // Measured never run on hardware.
@@ -39,10 +44,10 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kStep = 32;  // k that a warp takes at a time, one mask a lane
 constexpr int kTile = 16;  // k of an mma
-constexpr int kRing = 8192, kFill = 1024;
+constexpr int kRing = 4096, kFill = 512;
 constexpr int kLate = 2;
 static_assert(kBitmapColumns == 32, "a lane has four of 32 outputs");
-static_assert((kLate + 1) * kStep * 32 * 2 + kFill <= kRing, "what a step may take has arrived");
+static_assert((kLate + 1) * kTile * 32 * 2 + kFill <= kRing, "what a tile may take has arrived");
 static_assert(2 * kSlack >= kFill, "the last copy stays behind the values");
 
 // Of each warp's shared memory: x, the spots of a step, the ring with room for its first bytes again. Sums take the
@@ -246,13 +251,14 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows16(Task<T> t) {
     ptx::store8(spots + lane, make_uint2(bits, first));
     bits = mask_at(k + kStep);
     if (brings_x) load_x(t, row0 + x_row, k + kStep + kTile * x_tile, end, x);
-    stream.fill(used, lane);
-    ptx::cp_async_wait<kLate>();
-    __syncwarp();  // values, x and spots are there for all lanes
 #pragma unroll
-    for (int tile = 0; tile < kStep / kTile; ++tile)
+    for (int tile = 0; tile < kStep / kTile; ++tile) {
+      stream.fill(__shfl_sync(kAll, first, kTile * tile), lane);
+      ptx::cp_async_wait<kLate>();
+      __syncwarp();  // values, x and spots are there for all lanes
       multiply_tile<T, kRows>(stream.ring, own + tile * (kXBytes<kRows> / 2), spots + kTile * tile, lane, sums);
-    __syncwarp();  // nobody reads what comes in their place
+      __syncwarp();  // nobody reads what comes in their place
+    }
     used = __shfl_sync(kAll, first + bytes, 31);
   }
   ptx::cp_async_wait<0>();

@@ -47,9 +47,9 @@ def sparse_linear(
     is finite. A NaN or an infinity in x reaches the outputs whose weights are not zero; whether it reaches the others
     depends on the format.
 
-    On CUDA (off until a GPU has run it) the formats bitmap32, nm24 and blocks16 have kernels. There the bits of y depend
-    neither on the rows of x nor on the launch; those of a float32 weight are the CPU's for K <= 32; beyond, sums have
-    another order.
+    On CUDA (off until a GPU has run it) the formats bitmap32, nm24 and blocks16 have kernels. There the bits of y
+    depend neither on the rows of x nor on the launch; those of a float32 weight are the CPU's for K <= 32; beyond, sums
+    have another order.
 
     Args:
         x: float32 [..., K]; any strides. bfloat16 and float16 are computed in float32 and rounded at the end. For a
