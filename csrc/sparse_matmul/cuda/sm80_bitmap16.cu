@@ -22,8 +22,7 @@
 //          per 32 weights, in them one load of 2 bytes: 11.5 weights a clock of an SM where an H100's DRAM brings 13,
 //          so these instructions are what to look at first.
 // Tried    The bit as a number that moves the position: 6 instructions a weight; as a condition (below), with one R2P
-// for
-//          four of them: 4. A ring of 8 KB, filled every 32 k: a fifth fewer instructions, but its 152 KB of shared
+//          for four of them: 4. A ring of 8 KB, filled every 32 k: a fifth fewer instructions, but its 152 KB of shared
 //          memory are more than chips other than sm_80 and sm_90 have (99 KB).
 // Open     the count costs a trip to DRAM before the first value comes; 32 outputs a block leave a GPU idle below N of
 //          about 4000.
