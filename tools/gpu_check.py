@@ -401,18 +401,41 @@ def ops(device: str) -> Iterator[Op]:
                 "copy",
             )
 
-    weight = torch.randn(n, k).view(n, k // 4, 4)
-    weight[..., 2:] = 0  # 2:4
-    half = weight.view(n, k).half()
-    packed, full16 = fs.pack(half, "nm24").to(device), half.to(device)
-    m = 32 if small else 2048
-    if not small:  # no CPU kernel reads this format
+    if small:  # no CPU kernel reads packs of 16-bit values
+        return
+    weight = torch.randn(n, k)
+    for zeros in (0.5, 0.7):
+        half = (weight * (torch.rand(n, k) >= zeros)).bfloat16()
+        packed, full = fs.pack(half, "bitmap32").to(device), half.to(device)
+        for m in (1, 8, 16):
+            yield Op(
+                "sparse_matmul",
+                f"sparse_linear bitmap32 {m}x{n}x{k} bf16, {zeros:.0%} zeros",
+                ("few_rows16",),
+                sets(
+                    lambda m=m, p=packed: (random(m, k, dtype=torch.bfloat16), p.clone()),
+                    lambda x, p: fs.sparse_linear(x, p, None, None, n),
+                ),
+                {"dense linear": sets(lambda m=m, w=full: (random(m, k, dtype=torch.bfloat16), w.clone()), F.linear)},
+                packed.nbytes,
+                "copy",
+            )
+
+    m = 2048
+    x16 = lambda: (random(m, k, dtype=torch.float16),)  # noqa: E731
+    squares = [("nm24", "", torch.arange(k) % 4 < 2)]
+    for side, part in ((32, 0.5), (64, 0.5), (64, 0.25)):
+        kept = (torch.rand(n // side, k // side) < part).repeat_interleave(side, 0).repeat_interleave(side, 1)
+        squares.append(("blocks16", f", {part:.0%} of the squares of {side}", kept))
+    for format, what, kept in squares:
+        half = (weight * kept).half()
+        packed, full = fs.pack(half, format).to(device), half.to(device)
         yield Op(
             "sparse_matmul",
-            f"sparse_linear nm24 {m}x{n}x{k} fp16",
-            ("multiply_sparse",),
-            sets(lambda: (random(m, k, dtype=torch.float16),), lambda x: fs.sparse_linear(x, packed, None, None, n)),
-            {"dense linear": sets(lambda: (random(m, k, dtype=torch.float16),), lambda x: F.linear(x, full16))},
+            f"sparse_linear {format} {m}x{n}x{k} fp16{what}",
+            ("multiply_sparse",) if format == "nm24" else ("multiply_blocks",),
+            sets(x16, lambda x, p=packed: fs.sparse_linear(x, p, None, None, n)),
+            {"dense linear": sets(x16, lambda x, w=full: F.linear(x, w))},
             2 * m * n * k,
             "fp16",
         )

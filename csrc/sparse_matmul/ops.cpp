@@ -3,15 +3,20 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <optional>
+#include <type_traits>
+#include <variant>
 
 #include "../runtime/checks.h"
 #if defined(FASTSPARSE_WITH_CUDA)
 #include "../runtime/cuda/torch_stream.h"
 #include "cuda/sm80.h"
 #endif
+#include "formats/bitmap16.h"
+#include "formats/blocks16.h"
 #include "formats/nm24.h"
 #include "formats/packed_format.h"
 #include "formats/sparse.h"
@@ -109,25 +114,26 @@ Tensor linear_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bia
                                         torch::stable::Device(torch::headeronly::DeviceType::CPU));
   PackHeader header;
   std::memcpy(&header, head.const_data_ptr(), sizeof header);
-  Pack bitmap{};
-  nm24::Weight sparse24{};
-  const bool is_nm24 = header.format == nm24::kFormat;
-  const std::string error =
-      is_nm24 ? nm24::view(header, bytes, size, &sparse24) : formats::view_bitmap32(header, bytes, size, &bitmap);
-  if (!error.empty()) fail(kLinear, "weight must be a sparse pack for CUDA: " + error);
-  if (is_nm24 && dtype != sparse24.dtype)
-    fail(kLinear, std::string("x must be ") + (sparse24.dtype == DType::f16 ? "float16" : "bfloat16") +
-                      " like the nm24 weight, got " + dtype_name(x.scalar_type()));
-  CheckedRows c = check_rows(x, n, bias, activation, header.n, header.k);
-  const sm80::Rows rows{
-      c.rows.const_data_ptr(), dtype, c.x_stride, c.m, c.bias_data, static_cast<Activation>(activation),
-      c.y.mutable_data_ptr()};
-  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(x.get_device_index()));
-  if (is_nm24)
-    sm80::linear_nm24(sparse24, rows, current_cuda_stream(x));
-  else
-    sm80::linear_bitmap32(bitmap, rows, current_cuda_stream(x));
-  return c.y;
+  // Of any of these formats: taken apart, the other arguments checked, launched.
+  const auto run = [&](auto packed, auto view, auto launcher) {
+    const std::string error = view(header, bytes, size, &packed);
+    if (!error.empty()) fail(kLinear, "weight must be a sparse pack for CUDA: " + error);
+    if constexpr (!std::is_same_v<decltype(packed), Pack>)
+      if (dtype != packed.dtype)
+        fail(kLinear, std::string("x must be ") + (packed.dtype == DType::f16 ? "float16" : "bfloat16") +
+                          " like the packed weight, got " + dtype_name(x.scalar_type()));
+    CheckedRows c = check_rows(x, n, bias, activation, header.n, header.k);
+    const sm80::Rows rows{
+        c.rows.const_data_ptr(), dtype, c.x_stride, c.m, c.bias_data, static_cast<Activation>(activation),
+        c.y.mutable_data_ptr()};
+    const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(x.get_device_index()));
+    launcher(packed, rows, current_cuda_stream(x));
+    return c.y;
+  };
+  if (header.format == nm24::kFormat) return run(nm24::Weight{}, &nm24::view, &sm80::linear_nm24);
+  if (header.format == blocks16::kFormat) return run(blocks16::Weight{}, &blocks16::view, &sm80::linear_blocks16);
+  if (bitmap16::is_bitmap16(header)) return run(bitmap16::Weight{}, &bitmap16::view, &sm80::linear_bitmap16);
+  return run(Pack{}, &formats::view_bitmap32, &sm80::linear_bitmap32);
 }
 #else
 Tensor linear_cuda(Tensor, Tensor, int64_t, std::optional<Tensor>, int64_t) {
@@ -182,10 +188,10 @@ Tensor unpack_cpu(Tensor pack, int64_t n, int64_t k) {
   return out;
 }
 
-// --- nm24 ------------------------------------------------------------------------------------------------------------
+// --- float16 and bfloat16 weights, which run on CUDA only ------------------------------------------------------------
 
-Tensor nm24_pack_cpu(Tensor weight) {
-  constexpr const char* kOp = "nm24_pack";
+Tensor half_pack_cpu(Tensor weight, int64_t format) {
+  constexpr const char* kOp = "half_pack";
   check_cpu(kOp, "weight", weight);
   const DType dtype = float_dtype(kOp, "weight", weight);
   if (dtype == DType::f32) fail(kOp, "weight must be float16 or bfloat16, got float32");
@@ -193,37 +199,60 @@ Tensor nm24_pack_cpu(Tensor weight) {
   const int64_t n = weight.size(0), k = weight.size(1);
   if (n >= kLargestSide || k >= kLargestSide)
     fail(kOp, "weight must have sides below 2^31, got " + shape_of("weight", weight));
-  nm24::NotSparse where;
-  const std::vector<uint8_t> bytes = nm24::pack(static_cast<const uint16_t*>(weight.const_data_ptr()), weight.stride(0),
-                                                weight.stride(1), n, k, dtype, &where);
-  if (where.row >= 0)
-    fail(kOp, "weight must have at most 2 of every 4 consecutive k not zero (2:4) for nm24, got " +
-                  std::to_string(where.count) + " in row " + std::to_string(where.row) + ", k " +
-                  std::to_string(where.k) + " to " + std::to_string(where.k + 3));
+  const auto* bits = static_cast<const uint16_t*>(weight.const_data_ptr());
+  std::vector<uint8_t> bytes;
+  if (format == nm24::kFormat) {
+    nm24::NotSparse where;
+    bytes = nm24::pack(bits, weight.stride(0), weight.stride(1), n, k, dtype, &where);
+    if (where.row >= 0)
+      fail(kOp, "weight must have at most 2 of every 4 consecutive k not zero (2:4) for nm24, got " +
+                    std::to_string(where.count) + " in row " + std::to_string(where.row) + ", k " +
+                    std::to_string(where.k) + " to " + std::to_string(where.k + 3));
+  } else if (format == blocks16::kFormat) {
+    bytes = blocks16::pack(bits, weight.stride(0), weight.stride(1), n, k, dtype);
+  } else if (format == bitmap16::kFormat) {
+    bytes = bitmap16::pack(bits, weight.stride(0), weight.stride(1), n, k, dtype);
+  } else {
+    fail(kOp, "format must be 2 (bitmap32), 5 (nm24) or 14 (blocks16), got " + std::to_string(format));
+  }
   Tensor out = empty(weight, std::array{static_cast<int64_t>(bytes.size())}.data(), 1, ScalarType::Byte);
   std::memcpy(out.mutable_data_ptr(), bytes.data(), bytes.size());
   return out;
 }
 
-nm24::Weight valid_nm24(const char* op, const Tensor& pack) {
+// A pack of any of these formats, validated, and what undoes it.
+struct HalfPack {
+  int64_t n, k;
+  DType dtype;
+  std::variant<nm24::Weight, blocks16::Weight, bitmap16::Weight> weight;
+};
+
+HalfPack valid_half(const char* op, const Tensor& pack) {
   check_cpu(op, "pack", pack);
-  nm24::Weight weight{};
-  const std::string error = nm24::validate(pack_bytes(op, "pack", pack), pack.numel(), &weight);
-  if (!error.empty()) fail(op, "pack must be an nm24 pack: " + error);
-  return weight;
+  const uint8_t* bytes = pack_bytes(op, "pack", pack);
+  const int64_t size = pack.numel();
+  PackHeader header{};
+  std::memcpy(&header, bytes, static_cast<size_t>(std::min<int64_t>(size, sizeof header)));
+  const auto valid = [&](auto weight, auto validate, const char* name) -> HalfPack {
+    const std::string error = validate(bytes, size, &weight);
+    if (!error.empty()) fail(op, std::string("pack must be ") + name + " pack: " + error);
+    return {weight.n, weight.k, weight.dtype, weight};
+  };
+  if (header.format == blocks16::kFormat) return valid(blocks16::Weight{}, &blocks16::validate, "a blocks16");
+  if (bitmap16::is_bitmap16(header)) return valid(bitmap16::Weight{}, &bitmap16::validate, "a 16-bit bitmap32");
+  return valid(nm24::Weight{}, &nm24::validate, "an nm24");
 }
 
-int64_t nm24_validate_cpu(Tensor pack) { return valid_nm24("nm24_validate", pack).n; }
+int64_t half_validate_cpu(Tensor pack) { return valid_half("half_validate", pack).n; }
 
-Tensor nm24_unpack_cpu(Tensor pack, int64_t n, int64_t k, bool bfloat16) {
-  const nm24::Weight weight = valid_nm24("nm24_unpack", pack);
-  if (weight.n != n || weight.k != k || (weight.dtype == DType::bf16) != bfloat16)
-    fail("nm24_unpack", "pack must be of [N=" + std::to_string(n) + ", K=" + std::to_string(k) +
-                            "] and the dtype "
-                            "asked for, got [N=" +
-                            std::to_string(weight.n) + ", K=" + std::to_string(weight.k) + "]");
+Tensor half_unpack_cpu(Tensor pack, int64_t n, int64_t k, bool bfloat16) {
+  const HalfPack p = valid_half("half_unpack", pack);
+  if (p.n != n || p.k != k || (p.dtype == DType::bf16) != bfloat16)
+    fail("half_unpack", "pack must be of [N=" + std::to_string(n) + ", K=" + std::to_string(k) +
+                            "] and the dtype asked for, got [N=" + std::to_string(p.n) + ", K=" + std::to_string(p.k) +
+                            "]");
   Tensor out = empty(pack, std::array{n, k}.data(), 2, bfloat16 ? ScalarType::BFloat16 : ScalarType::Half);
-  nm24::unpack(weight, static_cast<uint16_t*>(out.mutable_data_ptr()));
+  std::visit([&](const auto& weight) { unpack(weight, static_cast<uint16_t*>(out.mutable_data_ptr())); }, p.weight);
   return out;
 }
 
@@ -238,9 +267,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
   m.def("sparse_pack(Tensor weight, int format) -> Tensor");
   m.def("sparse_validate(Tensor pack) -> int");
   m.def("sparse_unpack(Tensor pack, int n, int k) -> Tensor");
-  m.def("nm24_pack(Tensor weight) -> Tensor");
-  m.def("nm24_validate(Tensor pack) -> int");
-  m.def("nm24_unpack(Tensor pack, int n, int k, bool bfloat16) -> Tensor");
+  m.def("half_pack(Tensor weight, int format) -> Tensor");
+  m.def("half_validate(Tensor pack) -> int");
+  m.def("half_unpack(Tensor pack, int n, int k, bool bfloat16) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsparse, CUDA, m) {
@@ -254,7 +283,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastsparse, CPU, m) {
   m.impl("sparse_pack", TORCH_BOX(&fs::sparse_matmul::pack_cpu));
   m.impl("sparse_validate", TORCH_BOX(&fs::sparse_matmul::validate_cpu));
   m.impl("sparse_unpack", TORCH_BOX(&fs::sparse_matmul::unpack_cpu));
-  m.impl("nm24_pack", TORCH_BOX(&fs::sparse_matmul::nm24_pack_cpu));
-  m.impl("nm24_validate", TORCH_BOX(&fs::sparse_matmul::nm24_validate_cpu));
-  m.impl("nm24_unpack", TORCH_BOX(&fs::sparse_matmul::nm24_unpack_cpu));
+  m.impl("half_pack", TORCH_BOX(&fs::sparse_matmul::half_pack_cpu));
+  m.impl("half_validate", TORCH_BOX(&fs::sparse_matmul::half_validate_cpu));
+  m.impl("half_unpack", TORCH_BOX(&fs::sparse_matmul::half_unpack_cpu));
 }

@@ -174,18 +174,24 @@ def _sparse_int8(device: torch.device) -> Case:
                 yield what, error if torch.equal(got, same) else float("inf")
 
 
-def _sparse_linear_24(device: torch.device) -> Case:
-    """The format nm24, which runs on CUDA only."""
+def _sparse_linear_half(device: torch.device) -> Case:
+    """Weights of 16 bits, which run on CUDA only."""
     generator = torch.Generator().manual_seed(2)
     for (m, k, n), dtype in itertools.product(_SHAPES, (torch.float16, torch.bfloat16)):
-        weight = torch.randn(n, k, generator=generator).to(dtype)
-        weight[:, torch.arange(k) % 4 > 1] = 0
+        dense = torch.randn(n, k, generator=generator).to(dtype)
+        row, column = torch.arange(n)[:, None], torch.arange(k)
+        kept = {
+            "nm24": column % 4 < 2,
+            "blocks16": (row // 32 + column // 32) % 2 == m % 2,
+            "bitmap32": torch.rand(n, k, generator=generator) < 0.5,
+        }
         x, bias = torch.randn(m, k, generator=generator).to(dtype), torch.randn(n, generator=generator)
-        for activation in _ACTIVATIONS:
-            pack = ops.pack(weight, "nm24").to(device)
+        for (format, places), activation in itertools.product(kept.items(), _ACTIVATIONS):
+            weight = torch.where(places, dense, 0)
+            pack = ops.pack(weight, format).to(device)
             got = ops.sparse_linear(x.to(device), pack, bias.to(device), activation)
             expected = reference.sparse_linear(x, weight, bias, activation)
-            what = f"sparse_linear M={m} N={n} K={k} nm24 {str(dtype).removeprefix('torch.')} {activation}"
+            what = f"sparse_linear M={m} N={n} K={k} {format} {str(dtype).removeprefix('torch.')} {activation}"
             yield what, _error(got.cpu(), expected) / _TOLERANCE[dtype]
 
 
@@ -246,7 +252,7 @@ CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
     ("kl_loss", "cuda"): [_kl_loss],
     ("sparse_matmul", "cpu"): [_sparse_linear],
     ("sparse_int8", "cpu"): [_sparse_int8],
-    ("sparse_matmul", "cuda"): [_sparse_linear, _sparse_linear_24],
+    ("sparse_matmul", "cuda"): [_sparse_linear, _sparse_linear_half],
 }
 
 

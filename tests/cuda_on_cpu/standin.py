@@ -331,6 +331,32 @@ class StandIn:
         self.call(f"sparse_matmul_{format}", there, _FLOATS[x.dtype], stride, m, *parameters)
         return y.clone()
 
+    def spmm(self, crow: Tensor, col: Tensor, values: Tensor, x: Tensor, out_features: int) -> Tensor:
+        """y [M, N] = x [M, K] W^T, W [N, K] in CSR: crow int32 or int64 [N + 1], col int32, values float32."""
+        m, k = x.shape
+        y, scratch = self.empty((m, out_features), torch.float32), self._csr_scratch(out_features, k, m, 0)
+        there, stride = self.strided_copy(x), x.stride(0) if k else 0
+        structure = [self.copy(crow), int(crow.dtype == torch.int64), self.copy(col), self.copy(values), len(col)]
+        self.call("sparse_matmul_spmm", *structure, out_features, k, there, stride, m, y, scratch)
+        return y.clone()
+
+    def sddmm(self, crow: Tensor, col: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+        """[len(col)]: the sum over rows of dy [M, N] at a value's row times x [M, K] at its column."""
+        (m, n), k = dy.shape, x.shape[1]
+        grad, scratch = self.empty((len(col),), torch.float32), self._csr_scratch(n, k, m, 1)
+        sides = [self.strided_copy(dy), dy.stride(0) if n else 0, self.strided_copy(x), x.stride(0) if k else 0]
+        structure = [self.copy(crow), int(crow.dtype == torch.int64), self.copy(col), len(col)]
+        self.call("sparse_matmul_sddmm", *structure, n, k, *sides, m, grad, scratch)
+        return grad.clone()
+
+    def _csr_scratch(self, n: int, k: int, m: int, sddmm: int) -> Tensor:
+        self.library.sparse_matmul_scratch_floats.restype = ctypes.c_int64
+        offset, self.offset = self.offset, 0  # torch's allocator aligns what ops.cpp asks for
+        size = self.library.sparse_matmul_scratch_floats(*map(ctypes.c_int64, (n, k, m)), sddmm)
+        scratch = self.empty((size,), torch.float32)
+        self.offset = offset
+        return scratch
+
 
 def _channels(x: Tensor, scale: Tensor, axis: int | None) -> tuple[int, int, int]:
     """x as [outer, channels, inner], as ops.cpp sees it."""

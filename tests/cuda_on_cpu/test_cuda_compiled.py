@@ -45,6 +45,13 @@ INSTRUCTIONS = {
         "dequantize_all": ["LDG.E.64", "STG.E.128"],
         "token_by_warp": ["LDG.E.128", "SHFL.BFLY", "STG.E.64"],
     },
+    "csrc/sparse_matmul/cuda/sm80_bitmap16.cu": {
+        "few_rows16": ["HMMA.16816.F32", "LDGSTS.E", "LDS.U16", "R2P", "POPC", "STS.128"],
+    },
+    "csrc/sparse_matmul/cuda/sm80_blocks.cu": {
+        "multiply_blocks": ["HMMA.16816.F32", "LDGSTS.E", "LDSM.16.M88.4", "STG.E.128"],
+    },
+    "csrc/sparse_matmul/cuda/sm80_csr.cu": {"spmm_rows": ["SHFL.IDX", "FFMA", "LDG.E"]},
     "csrc/sparse_matmul/cuda/sm80_few_rows.cu": {"few_rows": ["POPC", "SHFL.IDX", "REDUX.SUM", "LDS.128"]},
     "csrc/sparse_matmul/cuda/sm80_mma_sp.cu": {
         "multiply_sparse": ["HMMA.SP.16832.F32", "LDGSTS.E", "LDSM.16.M88.4", "STG.E.128"],

@@ -15,6 +15,10 @@ from torch import Tensor
 from fastsparse import ops, reference
 from support import same_bits, strided
 
+FEW, BITMAP16, MMA, BLOCKS, CSR = (
+    builds.ROOT / f"csrc/sparse_matmul/cuda/sm80_{name}.cu"
+    for name in ("few_rows", "bitmap16", "mma_sp", "blocks", "csr")
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [None, "relu", "gelu", "silu"]
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -104,9 +108,65 @@ def test_damaged_bitmap32_is_never_read_outside(kernels: StandIn) -> None:
             kernels.sparse_linear(torch.randn(2, k), pack, n)
 
 
-# --- nm24 ------------------------------------------------------------------------------------------------------------
+# --- bitmap32 of 16-bit values ---------------------------------------------------------------------------------------
 
 HALVES = [torch.bfloat16, torch.float16]
+# Off every tile: 8 and 16 rows; 32 outputs; 16 and 32 k, 16 warps of them; the ring of 4 KB at every density.
+SHAPES_16 = [(1, 1, 1), (2, 33, 64), (7, 95, 1025), (8, 32, 15), (9, 64, 2100), (16, 31, 513), (19, 70, 97)]
+
+
+def only_by_the_masks(kernels: StandIn) -> bool:
+    """Whether no bank conflicts are but those of the ring, which lie in the data."""
+    if kernels.bank_conflicts() == 0:
+        return True
+    lines = BITMAP16.read_text().splitlines()
+    places = re.findall(r"(?:^|; |\n)\S*sm80_bitmap16\.cu:(\d+)", kernels.conflict_places())
+    return bool(places) and all("conflicts as the masks are" in lines[int(line) - 1] for line in places)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_bitmap16(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
+    for i, (m, n, k) in enumerate(SHAPES_16 + EMPTY):
+        w = sparse(n, k, [0.5, 0.9, 0.0, 1.0][(i + seed) % 4]).to(dtype)
+        x = torch.randn(m, k).to(dtype)
+        x = strided(x) if i % 3 == 1 else x
+        bias, activation = torch.randn(n) if i % 2 else None, ACTIVATIONS[(i + seed) % 4]
+        with kernels.launches(seed, offset=i % 2):
+            got = kernels.sparse_linear(x, ops.pack(w, "bitmap32"), n, bias, activation, "bitmap16")
+            assert only_by_the_masks(kernels), kernels.conflict_places()
+        assert got.shape == (m, n)
+        assert got.dtype == dtype
+        assert_close(got, x, w, bias, activation, (m, n, k))
+
+
+def test_bitmap16_takes_whole_numbers_exactly_whatever_the_rows(kernels: StandIn) -> None:
+    # As for nm24.
+    n, k = 40, 700
+    for dtype in HALVES:
+        w = sparse(n, k, 0.7).sign().to(dtype)
+        pack, x = ops.pack(w, "bitmap32"), torch.randint(-1, 2, (20, k)).to(dtype)
+        for seed, rows in enumerate((1, 8, 9, 20)):
+            with kernels.launches(seed):
+                got = kernels.sparse_linear(x[:rows], pack, n, format="bitmap16")
+            assert torch.equal(got.double(), reference.sparse_linear(x[:rows], w))
+
+
+def test_damaged_bitmap16_is_never_read_outside(kernels: StandIn) -> None:
+    n, k = 70, 333
+    clean = ops.pack(sparse(n, k, 0.8).half(), "bitmap32")
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        pack = torch.randint(0, 256, clean.shape, dtype=torch.uint8, generator=generator)
+        pack[:64] = clean[:64]
+        if seed:
+            pack[64:88] = clean[64:88]  # the offsets
+        with kernels.launches(seed):
+            kernels.sparse_linear(torch.randn(2, k).half(), pack, n, format="bitmap16")
+
+
+# --- nm24 ------------------------------------------------------------------------------------------------------------
+
 # Off every tile: rows 32, 128, 8; outputs 16, 128, 8; k 4, 64 and the ring of 3 stages.
 SHAPES_24 = [
     (1, 1, 1),
@@ -163,9 +223,144 @@ def test_an_nm24_weight_wants_its_own_dtype(kernels: StandIn) -> None:
         kernels.sparse_linear(torch.randn(2, 8).bfloat16(), pack, 4, format="nm24")
 
 
+# --- blocks16 --------------------------------------------------------------------------------------------------------
+
+# Off every tile: rows 32, 128 (squares of 64), 256 (of 32) and groups of 16 of them; squares; the ring of 3 or 4.
+SHAPES_BLOCKS = [
+    (1, 1, 1, 32),
+    (5, 70, 200, 64),
+    (32, 130, 321, 32),
+    (33, 96, 264, 32),
+    (129, 129, 520, 64),
+    (260, 72, 100, 32),
+]
+
+
+def sparse_blocks(n: int, k: int, block: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Half of the squares, one row of them full and one empty; in the squares some zeros, too."""
+    generator = torch.Generator().manual_seed(1000 * seed + n + k)
+    rows, columns = -(-n // block), -(-k // block)
+    kept = torch.rand(rows, columns, generator=generator) < 0.5
+    kept[:1] = True
+    if rows > 1:
+        kept[-1] = False
+    dense = torch.randn(n, k, generator=generator) * (torch.rand(n, k, generator=generator) < 0.9)
+    return (dense * kept.repeat_interleave(block, 0)[:n].repeat_interleave(block, 1)[:, :k]).to(dtype)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_blocks16(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
+    for i, (m, n, k, block) in enumerate(SHAPES_BLOCKS + [(*shape, 32) for shape in EMPTY]):
+        w, x = sparse_blocks(n, k, block, dtype, seed), torch.randn(m, k).to(dtype)
+        x = strided(x) if i % 3 == 1 else x
+        bias, activation = torch.randn(n) if i % 2 else None, ACTIVATIONS[(i + seed) % 4]
+        with kernels.launches(seed, offset=i % 2):
+            got = kernels.sparse_linear(x, ops.pack(w, "blocks16"), n, bias, activation, "blocks16")
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
+        assert got.shape == (m, n)
+        assert got.dtype == dtype
+        assert_close(got, x, w, bias, activation, (m, n, k))
+
+
+@pytest.mark.parametrize("block", [32, 64])
+def test_blocks16_takes_whole_numbers_exactly_whatever_the_rows(kernels: StandIn, block: int) -> None:
+    # As for nm24; 17 tiles of rows are more than one group.
+    n, k = 2 * block, 3 * block
+    for dtype, m in zip(HALVES, (17 * (256 if block == 32 else 128) - 5, 30), strict=True):
+        w = sparse_blocks(n, k, block, dtype).sign()
+        pack = ops.pack(w, "blocks16")
+        assert ops.describe(pack)["block"] == block
+        x = torch.randint(-1, 2, (m, k)).to(dtype)
+        with kernels.launches():
+            got = kernels.sparse_linear(x, pack, n, format="blocks16")
+        assert torch.equal(got.double(), reference.sparse_linear(x, w))
+
+
+def test_damaged_blocks16_is_never_read_outside(kernels: StandIn) -> None:
+    # The header and the order of the rows are right (a row named twice would be written twice), all else is noise.
+    n, k = 130, 200
+    for seed, block in enumerate((32, 64)):
+        clean = ops.pack(sparse_blocks(n, k, block, torch.float16), "blocks16")
+        generator = torch.Generator().manual_seed(seed)
+        pack = torch.randint(0, 256, clean.shape, dtype=torch.uint8, generator=generator)
+        pack[:128] = clean[:128]
+        pack[128:192:8] = 0  # some offsets small enough
+        pack[129:192:4] = pack[130:192:4] = pack[131:192:4] = 0
+        with kernels.launches(seed):
+            kernels.sparse_linear(torch.randn(40, k).half(), pack, n, format="blocks16")
+
+
+# --- spmm, sddmm: no operator starts these kernels yet, so a device has no way to them -------------------------------
+
+on_the_standin = pytest.mark.skipif("os.environ.get('CUDA_ON_CPU_BUILDS') == 'device'", reason="no operator yet")
+# Off every tile: rows 32, 128, 4; outputs 32; k 32; values of a row 8, 16, 32, 64.
+SHAPES_CSR = [(1, 1, 1), (7, 33, 70), (32, 31, 5), (33, 64, 130), (131, 40, 97), (260, 3, 300)]
+
+
+def csr(w: Tensor, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(crow, col, values), crow int64 if wide."""
+    row, col = w.nonzero(as_tuple=True)
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), w.ne(0).sum(1).cumsum(0)])
+    return crow if wide else crow.int(), col.int(), w[row, col]
+
+
+@on_the_standin
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_spmm(kernels: StandIn, seed: int) -> None:
+    for i, (m, n, k) in enumerate(SHAPES_CSR + EMPTY):
+        w, x = sparse(n, k, [0.5, 0.9, 0.0, 1.0][(i + seed) % 4]), torch.randn(m, k)
+        x = strided(x) if i % 2 else x
+        with kernels.launches(seed, offset=i % 2):
+            got = kernels.spmm(*csr(w, i % 2 == 0), x, n)
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
+        assert_close(got, x, w, None, None, (m, n, k))
+        if m:  # columns ascend: the chain of the CPU's kernels
+            assert same_bits(got, ops.sparse_linear(x, ops.pack(w, "panels128"))), (m, n, k)
+
+
+def assert_gradient_close(got: Tensor, w: Tensor, dy: Tensor, x: Tensor) -> None:
+    row, column = w.nonzero(as_tuple=True)
+    expected = (dy.double().t() @ x.double())[row, column]
+    magnitude = (dy.double().abs().t() @ x.double().abs())[row, column]
+    assert got.shape == expected.shape
+    assert ((got.double() - expected).abs() <= magnitude * (len(x) + 1) * 2.0**-24).all(), (len(x), *w.shape)
+
+
+@on_the_standin
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sddmm(kernels: StandIn, seed: int) -> None:
+    for i, (m, n, k) in enumerate(SHAPES_CSR + EMPTY):
+        w = sparse(n, k, [0.5, 0.9, 0.0, 1.0][(i + seed) % 4])
+        dy, x = torch.randn(m, n), torch.randn(m, k)
+        dy, x = (strided(dy), x) if i % 2 else (dy, strided(x))
+        crow, col, _ = csr(w, i % 2 == 0)
+        with kernels.launches(seed, offset=i % 2):
+            got = kernels.sddmm(crow, col, dy, x)
+            assert kernels.bank_conflicts() == 0, kernels.conflict_places()
+        assert_gradient_close(got, w, dy, x)
+
+
+@on_the_standin
+def test_a_damaged_csr_is_never_followed_outside(kernels: StandIn) -> None:
+    m, n, k, nonzeros = 37, 50, 60, 400
+    x, dy, values = torch.randn(m, k), torch.randn(m, n), torch.randn(nonzeros)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        dtype, low, high = [(torch.int64, -(2**62), 2**62), (torch.int32, -(2**31), 2**31), (torch.int32, -9, 450)][
+            seed
+        ]
+        crow = torch.randint(low, high, (n + 1,), dtype=dtype, generator=generator)
+        col = torch.randint(-3, k + 3, (nonzeros,), dtype=torch.int32, generator=generator)
+        with kernels.launches(seed):
+            kernels.spmm(crow, col, values, x, n)
+        crow = crow.sort().values  # else rows overlap, and a gradient is written twice
+        with kernels.launches(seed):
+            kernels.sddmm(crow, col, dy, x)
+
+
 # --- Defects planted in copies of these kernels: the tests above would see them --------------------------------------
 
-FEW, MMA = (builds.ROOT / f"csrc/sparse_matmul/cuda/sm80_{name}.cu" for name in ("few_rows", "mma_sp"))
 WRONG, CONFLICTS = "wrong result", "bank conflicts"
 # what is wrong: (source, right, wrong, build that sees it, what it says)
 DEFECTS = {
@@ -193,6 +388,67 @@ DEFECTS = {
         "race",
         r"race: .*sm80_mma_sp\.cu:\d+",
     ),
+    "values read before they have arrived": (BITMAP16, "wait<kLate>", "wait<kLate + 2>", "fast", WRONG),
+    "a ring filled over values that are not used yet": (
+        BITMAP16,
+        "kFill - used <= kRing",
+        "kFill - used <= kRing + 1024",
+        "fast",
+        WRONG,
+    ),
+    "lanes that do not wait for each other's values": (
+        BITMAP16,
+        "__syncwarp();  // values, x and spots are there for all lanes",
+        "",
+        "race",
+        r"(race|under way|uninitialised).*sm80_bitmap16\.cu:\d+",
+    ),
+    "nothing behind the end of the ring": (
+        BITMAP16,
+        "if (slot == 0 && lane == 0)",
+        "if (slot < 0)",
+        "race",
+        "uninitialised",
+    ),
+    "k in another order than x": (
+        BITMAP16,
+        "t % 2 == 0 ? 0x5410 : 0x7632",
+        "t % 2 == 0 ? 0x5432 : 0x7610",
+        "fast",
+        WRONG,
+    ),
+    "the column of the step before": (BLOCKS, "next = column(ahead + 1)", "next = column(ahead)", "fast", WRONG),
+    "a lost swizzle of rows of 64 bytes": (BLOCKS, ": row / 2 % 4;", ": 0;", "fast", CONFLICTS),
+    "a stage refilled while others read it": (
+        BLOCKS,
+        "__syncthreads();  // this stage is there for all",
+        "__syncwarp();  // this stage is there for all",
+        "race",
+        r"(race|under way).*sm80_blocks\.cu:\d+",
+    ),
+    "more columns of x than there are": (
+        BLOCKS,
+        "row0 + row < o.m ? inside_k : 0",
+        "row0 + row < o.m ? kChunk : 0",
+        "race",
+        r"out of bounds: .*",
+    ),
+    "the values of a row behind those handed round": (
+        CSR,
+        "for (; j < count; ++j)",
+        "for (; j < 0; ++j)",
+        "fast",
+        WRONG,
+    ),
+    "a column that the structure may make up": (CSR, "column < s.k; }", "column <= s.k; }", "race", "out of bounds"),
+    "a gradient of half the rows": (CSR, "m += 4 * kShare", "m += 8 * kShare", "fast", "gradient"),
+    "results stored before all outputs are there": (
+        CSR,
+        "  __syncthreads();\n  // Lanes are outputs now.",
+        "  // Lanes are outputs now.",
+        "race",
+        r"(race|uninitialised).*sm80_csr\.cu:\d+",
+    ),
 }
 
 
@@ -204,13 +460,25 @@ def test_planted_defects_are_caught(name: str, tmp_path: Path) -> None:
     assert text.count(right) == 1, f"{right!r} must stand in {source.name} once"
     kernels = StandIn(build, builds.variant(build, source, text.replace(right, wrong), tmp_path))
     m, n, k = 40, 130, 260
-    format = "bitmap32" if source == FEW else "nm24"
-    w = sparse(n, k, 0.5) if source == FEW else sparse24(n, k, torch.float16)
-    x = torch.randn(m, k).to(w.dtype)
+    format, w = {
+        FEW: ("bitmap32", sparse(n, k, 0.5)),
+        BITMAP16: ("bitmap16", sparse(n, 20 * k, 0.2).half()),
+        MMA: ("nm24", sparse24(n, k, torch.float16)),
+        BLOCKS: ("blocks16", sparse_blocks(n, k, 32, torch.float16)),
+        CSR: ("csr", sparse(n, k, 0.5)),
+    }[source]
+    x = torch.randn(m, w.shape[1]).to(w.dtype)
     report = ""
     try:
         with kernels.launches():
-            got = kernels.sparse_linear(x, ops.pack(w, format), n, format=format)
+            if format == "csr":
+                crow, col, values = csr(w, True)
+                col[5] = k if "make up" in name else col[5]
+                got = kernels.spmm(crow, col, values, x, n)
+                gradient = kernels.sddmm(crow, col, dy := torch.randn(m, n), x)
+            else:
+                packed = ops.pack(w, format.replace("16", "32") if source == BITMAP16 else format)
+                got = kernels.sparse_linear(x, packed, n, format=format)
             conflicts = kernels.bank_conflicts()
     except Finding as finding:
         report = str(finding)
@@ -219,6 +487,9 @@ def test_planted_defects_are_caught(name: str, tmp_path: Path) -> None:
     elif expected == CONFLICTS:
         assert_close(got, x, w, None, None, "conflicts cost time only")
         assert conflicts > 0
+    elif expected == "gradient":
+        with pytest.raises(AssertionError):
+            assert_gradient_close(gradient, w, dy, x)
     else:
         assert expected == WRONG, "nothing was found"
         with pytest.raises(AssertionError):

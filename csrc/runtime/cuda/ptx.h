@@ -61,6 +61,15 @@ __device__ __forceinline__ void store16(void* p, uint4 v) {
 }
 
 // 8 bytes, p at a multiple of 8.
+__device__ __forceinline__ uint2 load8(const void* p) {
+#if defined(FS_SIMT)
+  simt::check_alignment(p, 8, "ptx::load8");
+#endif
+  uint2 v = *static_cast<const uint2*>(p);
+  FS_WHOLE(v);
+  return v;
+}
+
 __device__ __forceinline__ void store8(void* p, uint2 v) {
 #if defined(FS_SIMT)
   simt::check_alignment(p, 8, "ptx::store8");

@@ -22,6 +22,7 @@
 #include "../../runtime/cuda/activate.h"
 #include "../../runtime/cuda/device.h"
 #include "sm80.h"
+#include "tiles.h"
 
 namespace fs::sparse_matmul::sm80 {
 namespace {
@@ -31,7 +32,6 @@ constexpr int kStages = 3;
 constexpr int kStageK = 64;
 constexpr int kOutputs = 128;  // of a block
 constexpr int kFewRows = 32;
-constexpr int kChunk = 8;  // elements of 16 bytes
 constexpr int kValueBytes = kOutputs * kStageK / 2 * 2;
 constexpr int kPositionBytes = kOutputs * kStageK / 8;
 constexpr int kPitch = kOutputs + kChunk;  // elements between rows of results
@@ -65,14 +65,6 @@ __device__ __forceinline__ void mma_sp(float (&d)[4], const uint32_t (&a)[4], co
     ptx::mma_sp_f16<kSelector>(d, a, b, positions);
   else
     ptx::mma_sp_bf16<kSelector>(d, a, b, positions);
-}
-
-// A row of x as 16 bytes of shared memory where cp.async can't copy it. `left`: elements that there are.
-__device__ __forceinline__ void copy_elements(unsigned char* target, const uint16_t* source, int left) {
-  Vector16<uint16_t> v;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) v.at[i] = i < left ? source[i] : uint16_t{0};
-  *reinterpret_cast<Vector16<uint16_t>*>(target) = v;
 }
 
 // Stage number `step` of both operands on its way to `stage`; what lies outside of them becomes zero.
@@ -163,28 +155,6 @@ __device__ __forceinline__ void finish(const Epilogue& e, int64_t n, int64_t out
     }
 }
 
-template <class T, int kRows>
-__device__ __forceinline__ void store(const T* results, int64_t m, int64_t n, int64_t output0, int64_t row0, T* y) {
-  const bool vectors = n % kChunk == 0 && is_aligned(y, 16);
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kOutputs / kChunk; i += kThreads) {
-    const int r = i / (kOutputs / kChunk), column = i % (kOutputs / kChunk) * kChunk;
-    if (row0 + r >= m) return;
-    const int64_t left = n - output0 - column;
-    const T* source = results + r * kPitch + column;
-    T* target = y + (row0 + r) * n + output0 + column;
-    if (vectors && left >= kChunk) {
-      *reinterpret_cast<Vector16<T>*>(target) = *reinterpret_cast<const Vector16<T>*>(source);
-    } else {
-      const uint4 chunk = ptx::load16(source);  // whole results, whatever n is
-      Vector16<T> values;
-      memcpy(&values, &chunk, 16);
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j)
-        if (j < left) target[j] = values.at[j];
-    }
-  }
-}
-
 // kOutputs x kRows of C^T; kWarpOutputs of the 4 warps lie along the outputs.
 template <class T, int kRows, int kWarpOutputs>
 __global__ void __launch_bounds__(kThreads, 2) multiply_sparse(Operands o, Epilogue e, T* y) {
@@ -211,7 +181,8 @@ __global__ void __launch_bounds__(kThreads, 2) multiply_sparse(Operands o, Epilo
   T* results = reinterpret_cast<T*>(memory);
   finish(e, o.weight.n, output0, output, row, sums, results);
   __syncthreads();
-  store<T, kRows>(results, o.m, o.weight.n, output0, row0, y);
+  const auto chunk_at = [&](int r, int chunk) { return results + r * kPitch + chunk * kChunk; };
+  store_results<T, kThreads, kRows, kOutputs>(chunk_at, o.m, o.weight.n, row0, output0, y);
 }
 
 template <class T, int kRows, int kWarpOutputs>

@@ -3,6 +3,7 @@
 //   u32 mask[B][K]            bit j of mask[b][k]: weight (32b+j, k) is stored; bits of outputs >= N are 0
 //   f32 value[non-zeros]      by block, k, output
 //   f32 zero[512]             room for reading ahead
+// With dtype 3 (f16) or 4 (bf16) values have 16 bits: bitmap16.h.
 #pragma once
 #include "packed_format.h"
 

@@ -3,7 +3,9 @@
 #include <cstring>
 #include <numeric>
 
+#include "bitmap16.h"
 #include "bitmap32.h"
+#include "blocks16.h"
 #include "nm24.h"
 #include "pair.h"
 #include "panels128.h"
@@ -25,6 +27,8 @@ std::string header_error(const PackHeader& h, int64_t size, const PackedFormat**
     return "got bytes that do not begin with \"fspk\"; make one with ops.pack()";
   if (h.format == nm24::kFormat) return "got nm24, which runs on CUDA only";
   if (h.format == kPair) return "got a pair, which runs on the CPU only";
+  if (h.format == blocks16::kFormat) return "got blocks16, which runs on CUDA only";
+  if (bitmap16::is_bitmap16(h)) return "got a bitmap32 of 16-bit values, which runs on CUDA only";
   const PackedFormat* f = *format = find(h.format);
   if (f == nullptr) return "got format " + text(h.format) + ", expected " + known();
   if (h.version != kVersion)
@@ -76,7 +80,7 @@ std::string view_bitmap32(const PackHeader& header, const uint8_t* bytes, int64_
   const std::string error = header_error(header, size, &format);
   if (!error.empty()) return error;
   if (header.format != kBitmap32)
-    return std::string("got ") + format->name + ", which runs on the CPU only; expected bitmap32 or nm24";
+    return std::string("got ") + format->name + ", which runs on the CPU only; expected bitmap32, nm24 or blocks16";
   return format->view(header, bytes, size, out);
 }
 

@@ -28,16 +28,16 @@ def pack(
     Args:
         weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K], dense or torch.sparse_csr, for
             `sparse_linear`, of which exactly what is zero is left out (a zero that a csr tensor holds explicitly,
-            too); float16 or bfloat16 [N, K] with at most 2 of every 4 consecutive k not zero (2:4), for `sparse_linear`
-            on CUDA. 4-bit codes [N, K] for `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point
-            (`quantize_groups`).
+            too); float16 or bfloat16 [N, K], for `sparse_linear` on CUDA. 4-bit codes [N, K] for `weight_only_linear`:
+            int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
             `sparse_int8_linear` "bitmap_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, formats/blocks_s8.h in
             csrc/sparse_matmul), or "sparse": that of the three which fits the zeros and `rows`. uint8: "u4".
             float32: "bitmap32", "sell16" or "panels128" (csrc/sparse_matmul/formats). float16, bfloat16:
-            "nm24" (formats/nm24.h there). "auto": vnni16, u4 (uint8), nm24, or what was measured to be the fastest for
-            the weight's size, density and `rows` (float32: measured on this machine, some milliseconds, and remembered:
-            docs/kernels/sparse_matmul.md, "auto"; FASTSPARSE_CACHE=off takes a rule of thumb).
+            "nm24", where at most 2 of every 4 consecutive k are not zero; "blocks16", squares of 32 or 64, whichever
+            suits, for many rows; "bitmap32" for few. "auto": vnni16, u4 (uint8), nm24, or what was measured to be the
+            fastest for the weight's size, density and `rows` (float32: measured on this machine, some milliseconds, and
+            remembered: docs/kernels/sparse_matmul.md, "auto"; FASTSPARSE_CACHE=off takes a rule of thumb).
         rows: rows of x to be expected; None: many. Every format serves any number, at its own speed. (few, many), for
             float32 and "auto": two formats may be kept in one pack, "pair", and each call takes the one for its rows.
         scale: u4: float16 [N, ceil(K / group_size)]. zero_point: u4 of uint8 codes: uint8 of the same shape.
@@ -52,10 +52,8 @@ def pack(
     sparse = weight.dtype == torch.float32
     half = weight.dtype in (torch.float16, torch.bfloat16)
     nibbles = weight.dtype == torch.uint8
-    known = (
-        "auto",
-        *(sparse_matmul.FORMATS if sparse else ("nm24",) if half else ("u4",) if nibbles else _INT8),
-    )
+    floats = sparse_matmul.FORMATS if sparse else sparse_matmul.HALF_FORMATS
+    known = ("auto", *(floats if sparse or half else ("u4",) if nibbles else _INT8))
     if format not in known:
         names = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
         of = f" for {str(weight.dtype).removeprefix('torch.')}" if sparse or half or nibbles else ""
@@ -67,7 +65,7 @@ def pack(
         if value is not None:
             raise ValueError(f"pack: {name} is for the format 'u4' alone, got one for {format!r}")
     if half:
-        return sparse_matmul.pack_nm24(weight)
+        return sparse_matmul.pack_half(weight, format)
     if format in _SPARSE_INT8:
         return sparse_int8.pack_sparse_int8(weight, format, rows[1] if isinstance(rows, tuple) else rows)
     return sparse_matmul.pack_float(weight, format, rows) if sparse else int8_gemm.pack_int8(weight)
@@ -115,8 +113,8 @@ def describe(pack: Tensor) -> dict[str, Any]:
     the most rows of x that the first of them serves.
 
     Reads and checks the header, and of a sparse float32 pack everything but the values (every index is in range), of an
-    nm24, u4 or sparse int8 pack every byte. Of u4, `block` is the group size and dtype "int4" (symmetric) or "uint4"
-    (zero points).
+    nm24, blocks16, u4 or sparse int8 pack every byte. Of u4, `block` is the group size and dtype "int4" (symmetric) or
+    "uint4" (zero points).
 
     Raises:
         ValueError: not a pack, of another version or format, truncated or damaged; the message says which.

@@ -18,6 +18,8 @@ from fastsparse.ops._pack import HEADER, PAIR, Rows, read_header
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 
 FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4}
+# Of float16 and bfloat16 weights, for CUDA.
+HALF_FORMATS = {"nm24": 5, "blocks16": 14, "bitmap32": 2}
 MAX_SELL_K = 65536  # kMaxSellK in csrc/sparse_matmul/sparse_matmul.h
 # Measured: docs/kernels/sparse_matmul.md. Rows of x up to which a few-rows format is the fastest, and the density from
 # which that is bitmap32.
@@ -31,9 +33,9 @@ _sparse_linear_train = torch.ops.fastsparse.sparse_linear_train.default
 _sparse_pack = torch.ops.fastsparse.sparse_pack.default
 _sparse_unpack = torch.ops.fastsparse.sparse_unpack.default
 _sparse_validate = torch.ops.fastsparse.sparse_validate.default
-_nm24_pack = torch.ops.fastsparse.nm24_pack.default
-_nm24_unpack = torch.ops.fastsparse.nm24_unpack.default
-_nm24_validate = torch.ops.fastsparse.nm24_validate.default
+_half_pack = torch.ops.fastsparse.half_pack.default
+_half_unpack = torch.ops.fastsparse.half_unpack.default
+_half_validate = torch.ops.fastsparse.half_validate.default
 
 
 def sparse_linear(
@@ -49,13 +51,15 @@ def sparse_linear(
     is finite. A NaN or an infinity in x reaches the outputs whose weights are not zero; whether it reaches the others
     depends on the format.
 
-    On CUDA (off until a GPU has run it) the formats bitmap32 and nm24 have kernels. There the bits of y depend neither
-    on the rows of x nor on the launch, and are the CPU's for K <= 32; beyond, sums have another order.
+    On CUDA (off until a GPU has run it) the formats bitmap32, nm24 and blocks16 have kernels. There the bits of y
+    depend neither on the rows of x nor on the launch; those of a float32 weight are the CPU's for K <= 32; beyond, sums
+    have another order.
 
     Args:
-        x: float32 [..., K]; any strides. bfloat16 and float16 are computed in float32 and rounded at the end. For an
-            nm24 weight: of the weight's dtype.
-        weight: a pack of f32[N, K], from `pack`; on CUDA also nm24. It is a plain tensor without a gradient.
+        x: float32 [..., K]; any strides. bfloat16 and float16 are computed in float32 and rounded at the end. For a
+            weight of 16 bits: of the weight's dtype.
+        weight: a pack of f32[N, K], from `pack`; on CUDA also of float16 or bfloat16. It is a plain tensor without a
+            gradient.
         bias: float32 [N].
         activation: None, "relu", "gelu" (the exact one) or "silu".
         out_features: N. Needed under torch.compile where there is no bias (the pack's bytes can't be read there).
@@ -147,29 +151,30 @@ def repack_pair(pack: Tensor, header: dict[str, Any]) -> Tensor:
     return _pack_two(unpack_float(pack, header), first, second, header["block"])
 
 
-def pack_nm24(weight: Tensor) -> Tensor:
-    """`ops.pack` for float16 and bfloat16 weights."""
+def pack_half(weight: Tensor, format: str) -> Tensor:
+    """`ops.pack` for float16 and bfloat16 weights; "auto" is nm24."""
+    format = "nm24" if format == "auto" else format
     if weight.layout != torch.strided:
-        raise ValueError(f"pack: weight must be dense for nm24, got layout {weight.layout}")
+        raise ValueError(f"pack: weight must be dense for {format}, got layout {weight.layout}")
     try:
-        return _nm24_pack(weight.detach())
+        return _half_pack(weight.detach(), HALF_FORMATS[format])
     except ValueError as error:
-        raise ValueError(f"pack: {str(error).removeprefix('nm24_pack: ')}") from None
+        raise ValueError(f"pack: {str(error).removeprefix('half_pack: ')}") from None
 
 
 def unpack_float(pack: Tensor, header: dict[str, Any]) -> Tensor:
-    if header["format"] == "nm24":
-        return _nm24_unpack(pack, header["n"], header["k"], header["dtype"] == "bfloat16")
+    if header["dtype"] != "float32":
+        return _half_unpack(pack, header["n"], header["k"], header["dtype"] == "bfloat16")
     return _sparse_unpack(pack, header["n"], header["k"])
 
 
 def describe_float(pack: Tensor, header: dict[str, Any]) -> dict[str, Any]:
     """Validates every byte that says where something is: a kernel trusts none of them, but a reader should know."""
-    nm24 = header["format"] == "nm24"
+    half = header["dtype"] != "float32"
     try:
-        (_nm24_validate if nm24 else _sparse_validate)(pack)
+        (_half_validate if half else _sparse_validate)(pack)
     except ValueError as error:
-        what = str(error).removeprefix("nm24_validate: " if nm24 else "sparse_validate: ")
+        what = str(error).removeprefix("half_validate: " if half else "sparse_validate: ")
         raise ValueError(f"describe: {what}") from None
     if header["format"] == NAMES[PAIR]:
         header["formats"] = tuple(read_header(half)["format"] for half in halves(pack))
@@ -206,13 +211,15 @@ def _(pack: Tensor, n: int, k: int) -> Tensor:
     return pack.new_empty((n, k), dtype=torch.float32)
 
 
-@torch.library.register_fake("fastsparse::nm24_pack")
-def _(weight: Tensor) -> Tensor:
+@torch.library.register_fake("fastsparse::half_pack")
+def _(weight: Tensor, format: int) -> Tensor:
     n, k = weight.shape
-    return weight.new_empty(HEADER.size + -(-n // 16) * 16 * (-(-k // 64) * 64) * 9 // 8, dtype=torch.uint8)
+    if format == HALF_FORMATS["nm24"]:
+        return weight.new_empty(HEADER.size + -(-n // 16) * 16 * (-(-k // 64) * 64) * 9 // 8, dtype=torch.uint8)
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size(min=HEADER.size), dtype=torch.uint8)
 
 
-@torch.library.register_fake("fastsparse::nm24_unpack")
+@torch.library.register_fake("fastsparse::half_unpack")
 def _(pack: Tensor, n: int, k: int, bfloat16: bool) -> Tensor:
     return pack.new_empty((n, k), dtype=torch.bfloat16 if bfloat16 else torch.float16)
 
