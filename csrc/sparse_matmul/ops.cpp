@@ -188,7 +188,7 @@ Tensor unpack_cpu(Tensor pack, int64_t n, int64_t k) {
   return out;
 }
 
-// --- float16 and bfloat16 weights, which run on CUDA only ------------------------------------------------------------
+// --- float16 and bfloat16 weights; of these bitmap32 of bfloat16 runs on the CPU, too --------------------------------
 
 Tensor half_pack_cpu(Tensor weight, int64_t format) {
   constexpr const char* kOp = "half_pack";

@@ -11,8 +11,9 @@ namespace {
 
 constexpr const Kernels* kRows[] = {
 #if defined(__x86_64__)
-    &kAvx512,  // Cascade Lake, Ice Lake, Sapphire Rapids, Zen 4
-    &kAvx2,    // Haswell to Comet Lake, Alder Lake, Zen 1 to 3
+    &kAvx512Vbmi2,  // Ice Lake, Sapphire Rapids, Zen 4
+    &kAvx512,       // Cascade Lake
+    &kAvx2,         // Haswell to Comet Lake, Alder Lake, Zen 1 to 3
 #endif
     &kScalar,
 };

@@ -1,6 +1,9 @@
 // sparse_matmul: the contract of every kernel of the family. Read this first. Torch-free.
 //
-//   sparse_linear   y[M,N] = act(x[M,K] W^T + bias), all float32, W[N,K] in one of the packs of formats/
+//   sparse_linear   y[M,N] = act(x[M,K] W^T + bias), all float32, W[N,K] in one of the packs of formats/. A bitmap32
+//   pack
+//                   may hold bfloat16: widened exactly, so the bits of y are those of the float32 pack of the same
+//                   values.
 //
 // Exactness: an output is one chain of fused multiply-adds over ascending k that starts at +0, whatever the format, the
 // level, the number of threads and the number of rows: so for finite x the bits of y are always the same. (Slots that a
@@ -8,10 +11,10 @@
 // outputs that meet it are NaN or infinite in some formats and untouched in others.) bias is added to the finished sum.
 //
 // Memory: a pack's bytes may be anything once its header and size have passed (formats::view). No index can leave its
-// block: k is a u8 into a panel that goes on for 256, or a u16 into a row of 65536; rows are u8 inside a padded chunk
-// of 256, or are compared with N; offsets, the position in the values and the steps of a group are held below the
-// total, behind which there is room for what one step of a bitmap may read. Damaged bytes give wrong numbers and never
-// an access outside.
+// block: k is a u8 into a panel that goes on for 256, a u16 into a row of 65536 (sell16), or lies below 65536 + 256 in
+// a row with room for that (sell8); rows are u8 inside a padded chunk of 256, or are compared with N; offsets, the
+// position in the values and the steps of a group are held below the total, behind which there is room for what one
+// step of a bitmap may read. Damaged bytes give wrong numbers and never an access outside.
 #pragma once
 #include <stdint.h>
 
@@ -21,21 +24,29 @@
 namespace fs::sparse_matmul {
 
 inline constexpr int kBitmapRows = 4;        // rows of x that one pass over a bitmap32 pack serves
-inline constexpr int kFewSellRows = 3;       // the same of a sell16 pack: more would not fit the registers
+inline constexpr int kSell16PassRows = 3;    // the same of a sell16 pack: more would not fit the registers
+inline constexpr int kSell8PassRows = 4;     // and of a sell8 pack
 inline constexpr int64_t kPassRows = 64;     // rows of x that meet a panels128 pack in one pass: up to two panels
-inline constexpr int64_t kMaxSellK = 65536;  // u16 indices
+inline constexpr int64_t kMaxSellK = 65536;  // of sell16 and sell8
+inline constexpr int64_t kSell8Slack = 256;  // of x behind kMaxSellK that a damaged sell8 pack may have read
 
-inline constexpr int64_t kBitmapColumns = 32;  // outputs of a bitmap32 block
-inline constexpr int64_t kSellRows = 16;       // outputs of a sell16 slice
-inline constexpr int64_t kSellStepBytes = 96;  // 16 f32, 16 u16
-inline constexpr int64_t kChunk = 256;         // outputs of the widest panels128 chunk
-inline constexpr int64_t kGroup = 8;           // outputs of a panels128 group, which are stored step by step
-inline constexpr int64_t kBlockK = 192;        // k of a panels128 block
-inline constexpr int64_t kIndexReach = 256;    // what the indices of a damaged block can say
-inline constexpr int64_t kSlack = 512;         // floats behind the values that may be read
+inline constexpr int64_t kBitmapColumns = 32;                          // outputs of a bitmap32 block
+inline constexpr int64_t kSell16Rows = 16;                             // outputs of a sell16 slice
+inline constexpr int64_t kSell16StepBytes = 96;                        // 16 f32, 16 u16
+inline constexpr int64_t kSell8Rows = 64;                              // outputs of a sell8 slice
+inline constexpr int64_t kSell8Window = 64;                            // k of x that a step of it may use
+inline constexpr int64_t kSell8Base = 16;                              // they begin at a multiple of this
+inline constexpr int64_t kSell8Steps = 4;                              // steps of a group
+inline constexpr int64_t kSell8IndexBytes = kSell8Steps * kSell8Rows;  // of a group; its values follow
+inline constexpr int64_t kSell8GroupBytes = kSell8IndexBytes + kSell8Steps * kSell8Rows * 4;
+inline constexpr int64_t kChunk = 256;       // outputs of the widest panels128 chunk
+inline constexpr int64_t kGroup = 8;         // outputs of a panels128 group, which are stored step by step
+inline constexpr int64_t kBlockK = 192;      // k of a panels128 block
+inline constexpr int64_t kIndexReach = 256;  // what the indices of a damaged block can say
+inline constexpr int64_t kSlack = 512;       // floats behind the values that may be read
 
 // The codes of the layouts, in the header of a pack (formats/<layout>.h).
-enum Format : int { kBitmap32 = 2, kSell16 = 3, kPanels128 = 4 };
+enum Format : int { kBitmap32 = 2, kSell16 = 3, kPanels128 = 4, kSell8 = 8 };
 
 // Outputs of each chunk of a panels128 pack (the last one has what is left): at most kChunk, and such that two threads
 // get equal shares.
@@ -48,21 +59,25 @@ inline int64_t panel_width(int64_t n) {
 struct Pack {
   int format;
   int64_t n, k;
-  int64_t total;           // stored values (bitmap32) or steps (sell16: of 16 values, panels128: of 8)
-  const uint64_t* offset;  // first value or step of each block, slice or chunk, and the total at last
+  int64_t total;           // stored values (bitmap32), steps (sell16, panels128: of 16 or 8 values) or groups (sell8)
+  const uint64_t* offset;  // first value, step or group of each block, slice or chunk, and the total at last
   const uint32_t* mask;    // bitmap32: [blocks][k], bit j: output 32 * block + j
-  const uint32_t* row;     // sell16: [slices][16], the output of each lane; N and above: none
+  const uint32_t* row;     // sell16, sell8: [slices][16 or 64], the output of each lane; N and above: none
   const uint8_t* step;     // sell16: [total][96]
+  const uint16_t* base;    // sell8: [total][4], where the window of each step begins, in 16 k
+  const uint8_t* group;    // sell8: [total][1280]
   const uint8_t* order;    // panels128: [chunks][k blocks][W + W / 8]: the rows, then the steps of their groups
   const uint8_t* index;    // panels128: [total][8], k inside the block
   const float* value;
+  const uint16_t* value16;  // bitmap32 of bfloat16 instead of value, else null
 };
 
-// Sums of blocks (slices) [begin, end) for `rows` rows of x (from 1 up to kBitmapRows or kFewSellRows): y[r, output] =
-// sum. Neither reads y.
+// Sums of blocks (slices) [begin, end) for `rows` rows of x (from 1 up to kBitmapRows, kSell16PassRows or
+// kSell8PassRows): y[r, output] = sum. Neither reads y.
 struct FewArgs {
   Pack pack;
-  const float* x;  // [rows, k], rows x_stride elements apart; for sell16 kMaxSellK floats of each may be read
+  const float* x;  // [rows, k], rows x_stride elements apart; for the sell formats kMaxSellK + kSell8Slack floats of
+                   // each may be read
   int64_t x_stride;
   int64_t rows;
   int64_t begin, end;
@@ -108,7 +123,9 @@ struct Kernels {
   isa::Level level;
   uint32_t features;
   void (*bitmap)(const FewArgs&);
-  void (*sell)(const FewArgs&);
+  void (*bitmap_bf16)(const FewArgs&);  // of Pack::value16
+  void (*sell16)(const FewArgs&);
+  void (*sell8)(const FewArgs&);
   void (*panels)(const PanelArgs&);
   void (*transpose)(const TransposeArgs&);
   void (*finish)(const FinishArgs&);
@@ -120,6 +137,7 @@ extern const Kernels kScalar;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Vbmi2;
 #endif
 
 // cpu/launch.cpp: blocking, threads, scratch. `kernels` is what select() chose before work is split.

@@ -142,7 +142,7 @@ def _sparse_linear(device: torch.device) -> Case:
             weight = torch.randn(n, k, generator=generator)
             weight *= torch.rand(n, k, generator=generator) >= zeros
             x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
-            formats = ("bitmap32",) if device.type == "cuda" else ("bitmap32", "sell16", "panels128")
+            formats = ("bitmap32",) if device.type == "cuda" else ("bitmap32", "sell16", "panels128", "sell8")
             packs = {name: ops.pack(weight, name).to(device) for name in formats}
             for activation in _ACTIVATIONS:
                 expected = reference.sparse_linear(x, weight, bias, activation)

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/sparse_matmul/formats/bitmap16.h"
 #include "../../csrc/sparse_matmul/formats/sparse.h"
 #include "../../csrc/sparse_matmul/formats/structure.h"
 #include "../../csrc/sparse_matmul/select.h"
@@ -41,6 +42,16 @@ void check(const std::vector<const Kernels*>& rows) {
     for (int64_t i = 0; i < k; ++i) x.data()[r * stride + i] = normal();
   for (int64_t j = 0; j < n; ++j) bias.data()[j] = normal();
   for (float& w : weight) w = uniform(0, 99) < percent ? 0.0f : normal();
+  // In half of the cases all weights are bfloat16, and a pack of that is among them.
+  const bool bf16 = uniform(0, 1) != 0;
+  std::vector<uint16_t> halves(weight.size());
+  for (size_t i = 0; bf16 && i < weight.size(); ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &weight[i], 4);
+    halves[i] = static_cast<uint16_t>(bits >> 16);
+    bits &= 0xffff0000;
+    std::memcpy(&weight[i], &bits, 4);
+  }
   const bool with_bias = uniform(0, 1) != 0;
   const auto activation = static_cast<fs::Activation>(uniform(0, 3));
 
@@ -58,8 +69,12 @@ void check(const std::vector<const Kernels*>& rows) {
     float* y = expected.data() + r * n;
     rows.front()->finish({y, with_bias ? bias.data() : nullptr, activation, n, y});  // the scalar row's epilogue
   }
-  for (const Format format : {kBitmap32, kSell16, kPanels128}) {
-    const std::vector<uint8_t> bytes = formats::pack(*formats::find(format), weight.data(), k, 1, n, k);
+  constexpr int kBf16 = 0;  // bitmap32 of bfloat16
+  for (const int format : {int{kBitmap32}, int{kSell16}, int{kPanels128}, int{kSell8}, kBf16}) {
+    if (format == kBf16 && !bf16) continue;
+    const std::vector<uint8_t> bytes = format == kBf16
+                                           ? bitmap16::pack(halves.data(), k, 1, n, k, fs::DType::bf16)
+                                           : formats::pack(*formats::find(format), weight.data(), k, 1, n, k);
     std::vector<float> back(weight.size());
     LinearArgs args{};
     const auto size = static_cast<int64_t>(bytes.size());
@@ -200,7 +215,7 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases && failures < 20; ++i) check(rows);
   for (int i = 0; i < cases && failures < 20; ++i) check_int8();
   for (int i = 0; i < cases / 4 && failures < 20; ++i) check_training(rows);
-  std::printf("%d cases of sparse_linear and of sparse_int8_linear in 3 formats each; rows: %s; %d failures\n", cases,
+  std::printf("%d cases of sparse_linear in 5 formats and of sparse_int8_linear in 3; rows: %s; %d failures\n", cases,
               names.c_str(), failures);
   return failures == 0 ? 0 : 1;
 }

@@ -101,7 +101,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"^pack: weight must be a matrix \[N, K\], got weight\[4\]$"):
         ops.pack(torch.zeros(4).half(), "nm24")
     w = sparse24(4, 8)
-    for format, what in (("nm24", "nm24"), ("blocks16", "blocks16"), ("bitmap32", "a bitmap32 of 16-bit values")):
+    for format, what in (("nm24", "nm24"), ("blocks16", "blocks16"), ("bitmap32", "a bitmap32 of float16")):
         expected = rf"^sparse_linear: weight must be .*: got {what}, which runs on CUDA only$"
         with pytest.raises(ValueError, match=expected):
             ops.sparse_linear(torch.randn(2, 8), ops.pack(w, format))

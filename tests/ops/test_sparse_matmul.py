@@ -19,7 +19,7 @@ from torch.library import opcheck
 from fastsparse import _C, ops, reference
 from tests.support import forced, guarded, isa_levels, same_bits, strided, threads
 
-FORMATS = ("bitmap32", "sell16", "panels128")
+FORMATS = ("bitmap32", "sell16", "panels128", "sell8")
 ACTIVATIONS = (None, "relu", "gelu", "silu")
 # Round the tiles: 4 rows a pass, panels of 8, 16, 32 and twice 32 rows; 8, 16, 32 and 256 outputs; 8 and 192 k.
 SHAPES = [
@@ -133,12 +133,60 @@ def test_nan_and_infinity_reach_what_meets_them(isa: str, format: str) -> None:
 
 
 @pytest.mark.parametrize("isa", isa_levels())
-def test_every_index_of_sell16(isa: str) -> None:
+def test_bfloat16_weights_give_the_bits_of_their_float32_pack(isa: str) -> None:
+    with forced(isa, "sparse_matmul"):
+        for m, n, k in [*SHAPES, *EMPTY, (4, 97, 40)]:
+            for zeros in (0.0, 0.6):
+                w, x, bias = sparse(n, k, zeros).bfloat16(), torch.randn(m, k), torch.randn(n)
+                expected = ops.sparse_linear(x, ops.pack(w.float(), "bitmap32"), bias)
+                pack = ops.pack(w, "bitmap32")
+                assert same_bits(ops.sparse_linear(x, pack, bias), expected), (m, n, k, zeros)
+                for side in ("end", "begin"):
+                    arguments = [guarded(t, side) for t in (x, pack, bias)]  # type: ignore[arg-type]
+                    assert same_bits(ops.sparse_linear(*arguments), expected), (m, n, k, side)
+
+
+def test_bfloat16_weights_train_and_are_guarded_like_others() -> None:
+    w, bias = sparse(40, 70).bfloat16(), torch.randn(40)
+    pack = ops.pack(w, "bitmap32")
+    x = torch.randn(3, 70).bfloat16().requires_grad_()
+    y = ops.sparse_linear(x, pack, bias, "relu")
+    assert same_bits(y, ops.sparse_linear(x.float(), pack, bias, "relu").bfloat16())
+    y.sum().backward()
+    dense = x.detach().clone().requires_grad_()
+    torch.relu(dense.float() @ w.float().t() + bias).sum().backward()
+    assert torch.allclose(x.grad.float(), dense.grad.float(), rtol=1e-2, atol=1e-3)
+    for fill in (255, 127, 1):
+        garbage = pack.clone()
+        garbage[64:] = fill
+        refused_or_harmless(garbage, 40, 70)
+    for _ in range(20):
+        garbage[64:] = torch.randint(0, 256, (pack.numel() - 64,), dtype=torch.uint8)
+        refused_or_harmless(garbage, 40, 70)
+    with pytest.raises(ValueError, match="bitmap32 of float16, which runs on CUDA only"):
+        ops.sparse_linear(torch.randn(3, 70), ops.pack(w.half(), "bitmap32"))
+
+
+@pytest.mark.parametrize("isa", isa_levels())
+def test_every_index_of_the_sell_formats(isa: str) -> None:
     w = sparse(17, ops.sparse_matmul.MAX_SELL_K, 0.999)
     x = torch.randn(5, w.shape[1])
     with forced(isa, "sparse_matmul"):
-        got, expected = (ops.sparse_linear(x, ops.pack(w, format)) for format in ("sell16", "bitmap32"))
+        got, other, expected = (ops.sparse_linear(x, ops.pack(w, format)) for format in ("sell16", "sell8", "bitmap32"))
     assert same_bits(got, expected)
+    assert same_bits(other, expected)
+
+
+@pytest.mark.parametrize("format", ["bitmap32", "sell16", "sell8"])
+def test_threads_get_equal_shares_of_skewed_weights(format: str) -> None:
+    w = torch.randn(520, 200) * (torch.rand(520, 200) < torch.linspace(1, 0, 520)[:, None] ** 3)
+    w[::2, :120] = 0
+    x, pack = torch.randn(3, 200), ops.pack(w, format)
+    with threads(1):
+        expected = ops.sparse_linear(x, pack)
+    for count in (2, 3, 16):
+        with threads(count):
+            assert same_bits(ops.sparse_linear(x, pack), expected)
 
 
 @given(data=st.data())
@@ -165,9 +213,9 @@ def pad(data: bytes, room: int = 0) -> bytes:
 
 
 def pack_restated(w: np.ndarray, format: str) -> bytes:
-    """formats/{bitmap32,sell16,panels128}.h again, in Python."""
+    """formats/{bitmap32,sell16,panels128,sell8}.h again, in Python."""
     n, k = w.shape
-    number, block = {"bitmap32": (2, 32), "sell16": (3, 16), "panels128": (4, 192)}[format]
+    number, block = {"bitmap32": (2, 32), "sell16": (3, 16), "panels128": (4, 192), "sell8": (8, 64)}[format]
     offset, middle, value, index = [0], b"", b"", b""
     if format == "bitmap32":
         for b in range(0, n, 32):
@@ -191,6 +239,31 @@ def pack_restated(w: np.ndarray, format: str) -> bytes:
                 steps += values.tobytes() + ks.tobytes()
             offset.append(len(steps) // 96)
         tail = pad(middle) + pad(steps)
+    elif format == "sell8":
+        order = sorted(range(n), key=lambda r: -np.count_nonzero(w[r]))
+        bases = groups = b""
+        for s in range(0, n, 64):
+            lanes = order[s : s + 64]
+            middle += struct.pack("<64I", *lanes, *[2**32 - 1] * (64 - len(lanes)))
+            left = [list(np.flatnonzero(w[r])) for r in lanes]
+            steps = []
+            while any(left):
+                base = min(c[0] for c in left if c) // 16
+                values, ks = np.zeros(64, "<f4"), np.zeros(64, np.uint8)
+                for lane, c in enumerate(left):
+                    if c and c[0] < 16 * base + 64:
+                        values[lane], ks[lane] = w[lanes[lane], c[0]], c[0] - 16 * base
+                        del c[0]
+                steps.append((base, ks, values))
+            while len(steps) % 4:
+                steps.append((0, np.zeros(64, np.uint8), np.zeros(64, "<f4")))
+            for g in range(0, len(steps), 4):
+                four = steps[g : g + 4]
+                bases += struct.pack("<4H", *(base for base, _, _ in four))
+                groups += np.stack([ks for _, ks, _ in four], 1).tobytes()
+                groups += b"".join(values.tobytes() for _, _, values in four)
+            offset.append(len(groups) // 1280)
+        tail = pad(middle) + pad(bases) + groups
     else:
         chunks = 2 * ((n + 511) // 512)
         width = ((n + chunks - 1) // chunks + 7) // 8 * 8 if n else 8
@@ -289,13 +362,13 @@ def test_packs_of_garbage_never_read_outside(format: str, fill: int) -> None:
         whole = good.clone()
         whole[64:] = fill
         refused_or_harmless(whole, n, k)
-        if format == "sell16":  # the last offset is the number of steps: with it right, the rest is read
-            groups = -(-n // 16)
+        if format.startswith("sell"):  # the last offset is the number of steps: with it right, the rest is read
+            groups = -(-n // (16 if format == "sell16" else 64))
             whole[64 + 8 * groups : 72 + 8 * groups] = good[64 + 8 * groups : 72 + 8 * groups]
             refused_or_harmless(whole, n, k)
         random = good.clone()
         random[64:] = torch.randint(0, 256, (good.numel() - 64,), dtype=torch.uint8)
-        if format == "sell16":
+        if format.startswith("sell"):
             random[64 + 8 * groups : 72 + 8 * groups] = good[64 + 8 * groups : 72 + 8 * groups]
         refused_or_harmless(random, n, k)
 
@@ -315,9 +388,11 @@ def test_validate_sees_every_damaged_table(format: str) -> None:
         assert torch.equal(ops.pack(got, format), pack)
 
 
-@given(st.binary(max_size=200), st.sampled_from([2, 3, 4]))
+@given(st.binary(max_size=200), st.sampled_from([2, 3, 4, 8]))
 def test_foreign_bytes_are_refused(data: bytes, number: int) -> None:
-    header = HEADER.pack(b"fspk", number, 1, 2, {2: 32, 3: 16, 4: 192}[number], 3, 5, 2, 64 + len(data), bytes(16))
+    header = HEADER.pack(
+        b"fspk", number, 1, 2, {2: 32, 3: 16, 4: 192, 8: 64}[number], 3, 5, 2, 64 + len(data), bytes(16)
+    )
     pack = torch.frombuffer(bytearray(header + data), dtype=torch.uint8)
     with pytest.raises(ValueError, match="describe: pack"):
         ops.describe(pack)

@@ -1,37 +1,14 @@
 // sparse_matmul, AVX-512 (F, VL).
-// Idea     bitmap: vexpandps from memory, 16 values at once. sell: one gather for 16 outputs.
-//          panels: one broadcast weight meets up to 32 rows of x, 2 FMAs with memory operands.
-// Tile     bitmap: 32 outputs x 1 to 4 rows, 2 zmm sums a row. sell: 16 outputs x 1 to 3 rows.
-//          panels: 8 outputs x 32 rows (16 zmm sums) or 16.
-// Reads    formats/bitmap32.h, sell16.h, panels128.h; vexpandps reads no more than the values it uses.
+// Idea     bitmap: bitmap32_avx512.inl, with VBMI2 in a row of its own for bfloat16. sell8: sell8_avx512.inl.
+//          sell16: the avx2 row's. panels: one broadcast weight meets up to 32 rows of x, 2 FMAs with memory operands.
+// Tile     panels: 8 outputs x 32 rows (16 zmm sums) or 16.
+// Reads    formats/bitmap32.h, bitmap16.h, sell16.h, sell8.h, panels128.h.
 // Tails    outputs: partly stored; k: none is padded; rows: smaller instances, 8 rows by the avx2 row.
 // Measured docs/kernels/sparse_matmul.md
 #include "../../runtime/simd/avx512.h"
 #include "../../runtime/simd/transpose8_avx.inl"
 
 namespace {
-
-struct Lanes {
-  __m512 v;
-  static Lanes zero() { return {_mm512_setzero_ps()}; }
-  static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  void store(float* p) const { _mm512_storeu_ps(p, v); }
-  static Lanes expand(const float* value, const float*, uint32_t mask) {
-    return {_mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask), value)};
-  }
-  static __m512 broadcast(const float* p) { return _mm512_set1_ps(*p); }
-  static Lanes fma(const Lanes& w, __m512 x, const Lanes& s) { return {_mm512_fmadd_ps(w.v, x, s.v)}; }
-  static Lanes multiply_add(const Lanes& w, const Lanes& x, const Lanes& s) { return {_mm512_fmadd_ps(w.v, x.v, s.v)}; }
-  struct Index {
-    __m512i k;
-    explicit Index(const uint8_t* p) {
-      k = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    }
-    Lanes of(const float* x) const { return {_mm512_i32gather_ps(k, x, 4)}; }
-  };
-};
-using Narrow = Lanes;
-using Wide = Lanes;
 
 // Four weights in one load; a shuffle broadcasts one of them, and the load units are left to x.
 struct Four {
@@ -47,6 +24,9 @@ struct Four {
 
 #include "kernels.inl"
 #include "panels.inl"
+
+#include "bitmap32_avx512.inl"
+#include "sell8_avx512.inl"
 
 namespace {
 
@@ -85,15 +65,6 @@ struct Dot {
 #include "sddmm.inl"
 
 namespace {
-
-void bitmap(const FewArgs& a) {
-  switch (a.rows) {
-    case 1: return bitmap_rows<Narrow, 1>(a);
-    case 2: return bitmap_rows<Wide, 2>(a);
-    case 3: return bitmap_rows<Wide, 3>(a);
-    default: return bitmap_rows<Wide, 4>(a);
-  }
-}
 
 // out[j * out_stride + i] = in[i * in_stride + j], 16 x 16: whole lines are read and written.
 inline void transpose16x16(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
@@ -143,6 +114,9 @@ void transpose_wide(const TransposeArgs& t) {
     transpose({t.in + rows * t.in_stride, t.in_stride, t.rows - rows, t.columns, t.out + rows, t.out_stride});
 }
 
+// A gather takes 20 cycles on Zen 5, where the avx2 row's sixteen loads take 12.
+void sell16(const FewArgs& a) { kAvx2.sell16(a); }
+
 void panels(const PanelArgs& a) {
   switch (a.lanes) {
     case 8: return kAvx2.panels(a);  // half a zmm: that row has the kernel, and the same sums
@@ -153,6 +127,26 @@ void panels(const PanelArgs& a) {
 
 }  // namespace
 
-const Kernels fs::sparse_matmul::kAvx512 = {
-    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panels, &transpose_wide,
-    &finish,  &sample_block};
+const Kernels fs::sparse_matmul::kAvx512 = {"avx512",
+                                            fs::isa::Level::avx512,
+                                            fs::isa::kLevelAvx512,
+                                            &bitmap,
+                                            &bitmap_bf16,
+                                            &sell16,
+                                            &sell8,
+                                            &panels,
+                                            &transpose_wide,
+                                            &finish,
+                                            &sample_block};
+
+const Kernels fs::sparse_matmul::kAvx512Vbmi2 = {"avx512vbmi2",
+                                                 fs::isa::Level::avx512,
+                                                 fs::isa::kLevelAvx512 | fs::isa::kAvx512Vbmi2,
+                                                 &bitmap,
+                                                 &bitmap_bf16_vbmi2,
+                                                 &sell16,
+                                                 &sell8,
+                                                 &panels,
+                                                 &transpose_wide,
+                                                 &finish,
+                                                 &sample_block};

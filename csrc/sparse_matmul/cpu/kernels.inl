@@ -1,10 +1,9 @@
-// The kernels of sparse_matmul, one body for every level. Before this the level brings simd/<level>.h and two types of
-// 16 lanes (one type may serve as both), Narrow for one row of x and Wide for more:
+// The kernels of sparse_matmul, one body for every level but where AVX-512 has its own (*_avx512.inl). Before this the
+// level brings simd/<level>.h and, for the bitmap, Lanes, 16 lanes:
 //   zero()                       all lanes 0
-//   expand(value, end, mask)     value[i-th set bit] in the lanes of set bits, 0 elsewhere; value + set bits = end; may
-//                                read 4 floats before value and 16 behind it
-//   load(p), store(p)            16 floats
-//   Index(p).of(x)               x[p[lane]], p sixteen u16
+//   expand(value, mask)          value[i-th set bit] in the lanes of set bits, 0 elsewhere; value float or (widened)
+//                                bfloat16; may read 16 values
+//   store(p)                     16 floats
 //   broadcast(p), fma(w, x, s)   s += w * x
 // and  void transpose8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride).
 #include <string.h>
@@ -60,34 +59,44 @@ inline void write(const Slice<V, kRows>& s, float* y, int64_t stride, int64_t co
 }
 
 // How far ahead of their use values are asked for: docs/kernels/sparse_matmul.md.
-constexpr int64_t kBitmapAhead = 1024;  // floats
-constexpr int64_t kSellAhead = 4096;    // bytes
+// The set bits of the low half of a mask. Not of `mask & 0xffff`: of that gcc 12 makes a popcnt into 16 bits of a
+// register, which waits for the rest of it, and so for the popcnt before.
+inline int low_bits(uint32_t mask) { return __builtin_popcount(mask << 16); }
 
-template <class V, int kRows>
+constexpr int64_t kBitmapAhead = 1024;  // values
+
+// The values of a bitmap32 pack.
+template <class T>
+inline const T* values(const Pack& p);
+template <>
+inline const float* values(const Pack& p) {
+  return p.value;
+}
+template <>
+inline const uint16_t* values(const Pack& p) {
+  return p.value16;
+}
+
+template <class V, int kRows, class T>
 void bitmap_rows(const FewArgs& a) {
   const Pack& p = a.pack;
-  const float* const limit = p.value + p.total;
+  const T* const limit = values<T>(p) + p.total;
   for (int64_t b = a.begin; b < a.end; ++b) {
     const uint32_t* mask = p.mask + b * p.k;
-    const float* value = p.value + at_most(p.offset[b], p.total);
+    const T* value = values<T>(p) + at_most(p.offset[b], p.total);
     Slice<V, kRows> low, high;
     clear(low);
     clear(high);
     uint32_t m = mask[0];  // loaded a step ahead: a position depends on all masks before it
-    for (int64_t begin = 0; begin < p.k; begin += 8) {
-      const int64_t end = begin + 8 < p.k ? begin + 8 : p.k;
-      for (int64_t k = begin; k < end; ++k) {
-        const uint32_t next_mask = mask[k + 1];  // the last one lies in the next section, and is not used
-        const float* const middle = value + __builtin_popcount(m & 0xffff);
-        const float* const next_value = value + __builtin_popcount(m);
-        __builtin_prefetch(value + kBitmapAhead);  // a prefetch cannot fault: it may go beyond the pack
-        multiply_add(low, V::expand(value, middle, m & 0xffff), a.x + k, a.x_stride);
-        multiply_add(high, V::expand(middle, next_value, m >> 16), a.x + k, a.x_stride);
-        value = next_value;
-        m = next_mask;
-      }
-      // 8 steps go at most 256 on, and kSlack holds that and one read more.
-      value = value < limit ? value : limit;
+    for (int64_t k = 0; k < p.k; ++k) {
+      const uint32_t next_mask = mask[k + 1];  // the last one lies in the next section, and is not used
+      const T* const middle = value + low_bits(m);
+      const T* const next_value = value + __builtin_popcount(m);
+      __builtin_prefetch(value + kBitmapAhead);  // a prefetch cannot fault: it may go beyond the pack
+      multiply_add(low, V::expand(value, m & 0xffff), a.x + k, a.x_stride);
+      multiply_add(high, V::expand(middle, m >> 16), a.x + k, a.x_stride);
+      value = next_value < limit ? next_value : limit;  // kSlack has room for one step from there on
+      m = next_mask;
     }
     float* const y = a.y + b * kBitmapColumns;
     const int64_t left = p.n - b * kBitmapColumns;
@@ -98,84 +107,46 @@ void bitmap_rows(const FewArgs& a) {
 
 // Half a block (0: the low 16 outputs, 1: the high ones), for so many rows that the sums of a whole one do not fit the
 // registers.
-template <class V, int kRows, int kHalf>
+template <class V, int kRows, class T, int kHalf>
 void bitmap_half(const FewArgs& a, int64_t b) {
   const Pack& p = a.pack;
-  const float* const limit = p.value + p.total;
+  const T* const limit = values<T>(p) + p.total;
   const uint32_t* mask = p.mask + b * p.k;
-  const float* value = p.value + at_most(p.offset[b], p.total);
+  const T* value = values<T>(p) + at_most(p.offset[b], p.total);
   Slice<V, kRows> sums;
   clear(sums);
   uint32_t m = mask[0];
-  for (int64_t begin = 0; begin < p.k; begin += 8) {
-    const int64_t end = begin + 8 < p.k ? begin + 8 : p.k;
-    for (int64_t k = begin; k < end; ++k) {
-      const uint32_t next_mask = mask[k + 1];
-      const float* const middle = value + __builtin_popcount(m & 0xffff);
-      const float* const next_value = value + __builtin_popcount(m);
-      __builtin_prefetch(value + kBitmapAhead);
-      const V w = kHalf == 0 ? V::expand(value, middle, m & 0xffff) : V::expand(middle, next_value, m >> 16);
-      multiply_add(sums, w, a.x + k, a.x_stride);
-      value = next_value;
-      m = next_mask;
-    }
-    value = value < limit ? value : limit;
+  for (int64_t k = 0; k < p.k; ++k) {
+    const uint32_t next_mask = mask[k + 1];
+    const T* const middle = value + low_bits(m);
+    const T* const next_value = value + __builtin_popcount(m);
+    __builtin_prefetch(value + kBitmapAhead);
+    const V w = kHalf == 0 ? V::expand(value, m & 0xffff) : V::expand(middle, m >> 16);
+    multiply_add(sums, w, a.x + k, a.x_stride);
+    value = next_value < limit ? next_value : limit;
+    m = next_mask;
   }
   const int64_t column = b * kBitmapColumns + 16 * kHalf;
   write(sums, a.y + column, a.y_stride, p.n - column);
 }
 
-template <class V, int kRows>
+template <class V, int kRows, class T>
 void bitmap_halves(const FewArgs& a) {
   for (int64_t b = a.begin; b < a.end; ++b) {
-    bitmap_half<V, kRows, 0>(a, b);
-    bitmap_half<V, kRows, 1>(a, b);
+    bitmap_half<V, kRows, T, 0>(a, b);
+    bitmap_half<V, kRows, T, 1>(a, b);
   }
 }
 
-template <class V, class Index>
-inline void gather_add(Slice<V, 0>&, const V&, const Index&, const float*, int64_t) {}
-template <class V, class Index, int kRows>
-inline void gather_add(Slice<V, kRows>& s, const V& w, const Index& index, const float* x, int64_t stride) {
-  gather_add(s.above, w, index, x, stride);
-  s.sum = V::multiply_add(w, index.of(x + (kRows - 1) * stride), s.sum);
+// Where the window of a step of sell8 begins in a row of x.
+inline const float* sell_x(const float* x, uint16_t base) {
+  return x + (base & (kMaxSellK / kSell8Base - 1)) * kSell8Base;
 }
 
-template <class V>
-inline void scatter(const Slice<V, 0>&, const uint32_t*, int64_t, float*, int64_t) {}
-template <class V, int kRows>
-inline void scatter(const Slice<V, kRows>& s, const uint32_t* row, int64_t n, float* y, int64_t stride) {
-  scatter(s.above, row, n, y, stride);
-  float lanes[kSellRows];
-  s.sum.store(lanes);
-  for (int64_t lane = 0; lane < kSellRows; ++lane)
-    if (row[lane] < n) y[(kRows - 1) * stride + row[lane]] = lanes[lane];
-}
-
-template <int kRows>
-void sell_rows(const FewArgs& a) {
-  const Pack& p = a.pack;
-  for (int64_t slice = a.begin; slice < a.end; ++slice) {
-    const uint8_t* step = p.step + at_most(p.offset[slice], p.total) * kSellStepBytes;
-    const uint8_t* const end = p.step + at_most(p.offset[slice + 1], p.total) * kSellStepBytes;
-    Slice<Narrow, kRows> sums;
-    clear(sums);
-    for (; step < end; step += kSellStepBytes) {
-      __builtin_prefetch(step + kSellAhead);
-      __builtin_prefetch(step + kSellAhead + 64);
-      const Narrow w = Narrow::load(reinterpret_cast<const float*>(step));
-      gather_add(sums, w, Narrow::Index(step + 64), a.x, a.x_stride);
-    }
-    scatter(sums, p.row + slice * kSellRows, p.n, a.y, a.y_stride);
-  }
-}
-
-void sell(const FewArgs& a) {
-  switch (a.rows) {
-    case 1: return sell_rows<1>(a);
-    case 2: return sell_rows<2>(a);
-    default: return sell_rows<3>(a);
-  }
+template <int kLanes>
+inline void scatter_lanes(const float* lanes, const uint32_t* row, int64_t n, float* y) {
+  for (int64_t lane = 0; lane < kLanes; ++lane)
+    if (row[lane] < n) y[row[lane]] = lanes[lane];
 }
 
 void transpose(const TransposeArgs& t) {

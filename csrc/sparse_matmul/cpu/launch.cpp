@@ -11,7 +11,8 @@
 namespace fs::sparse_matmul {
 namespace {
 
-constexpr int64_t kSellStride = kMaxSellK + 1024;  // floats between the rows that sell16 reads
+constexpr int64_t kSellStride = kMaxSellK + 1024;  // floats between the rows that a sell format reads
+static_assert(kSellStride >= kMaxSellK + kSell8Slack, "a row goes as far as a base and an index can say");
 
 using formats::ceil_div;
 
@@ -35,39 +36,73 @@ void finish_rows(const Kernels& kernels, const LinearArgs& args, int64_t row, in
   }
 }
 
-// Rows of x for sell16: where each of its 16-bit indices can be read, whatever the pack says. What lies beyond K is
-// never touched for a sound pack. The stride keeps equal columns out of the same cache sets.
+// A format for few rows of x.
+struct FewFormat {
+  void (*kernel)(const FewArgs&);
+  int pass_rows;   // of x that one call serves
+  int64_t width;   // outputs of a block or slice
+  int64_t stored;  // values for each of Pack::total
+  bool scattered;  // a block's outputs lie anywhere, and its indices reach beyond x in a damaged pack
+};
+
+FewFormat few_format(const Kernels& kernels, const Pack& weight) {
+  switch (weight.format) {
+    case kSell16: return {kernels.sell16, kSell16PassRows, kSell16Rows, kSell16Rows, true};
+    case kSell8: return {kernels.sell8, kSell8PassRows, kSell8Rows, kSell8Steps * kSell8Rows, true};
+    default:
+      return {weight.value16 == nullptr ? kernels.bitmap : kernels.bitmap_bf16, kBitmapRows, kBitmapColumns, 1, false};
+  }
+}
+
+// Rows of x where each index of a sell pack can be read, whatever the pack says. What lies beyond K is never used for a
+// sound pack. The stride keeps equal columns out of the same cache sets.
 const float* copy_for_sell(const LinearArgs& args) {
-  auto* x = reinterpret_cast<float*>(scratch(static_cast<size_t>(kFewSellRows * kSellStride) * sizeof(float)));
+  constexpr int64_t kRows = std::max(kSell16PassRows, kSell8PassRows);
+  auto* x = reinterpret_cast<float*>(scratch(static_cast<size_t>(kRows * kSellStride) * sizeof(float)));
   for (int64_t r = 0; r < args.m; ++r) std::copy_n(args.x + r * args.x_stride, args.weight.k, x + r * kSellStride);
   return x;
 }
 
+// The block where part `part` of `parts` begins, so that all parts hold as many values. For any offsets: the parts of a
+// damaged pack are some parts of its blocks.
+int64_t first_block(const Pack& w, int64_t blocks, int64_t part, int64_t parts) {
+  int64_t begin = 0;
+  for (int64_t i = 1; i <= part; ++i)
+    begin = i == parts
+                ? blocks
+                : std::lower_bound(w.offset + begin, w.offset + blocks, static_cast<uint64_t>(w.total * i / parts)) -
+                      w.offset;
+  return begin;
+}
+
 void linear_few(const Kernels& kernels, const LinearArgs& args) {
   const Pack& w = args.weight;
-  const bool bitmap = w.format == kBitmap32;
-  const int64_t width = bitmap ? kBitmapColumns : kSellRows;
-  if (!bitmap)
+  const FewFormat f = few_format(kernels, w);
+  if (f.scattered)
     std::memset(args.y, 0, static_cast<size_t>(args.m * w.n) * sizeof(float));  // damaged rows may leave gaps
   // Even passes: 5 rows are 3 + 2, not 4 + 1.
-  const int64_t passes = ceil_div(args.m, bitmap ? kBitmapRows : kFewSellRows), height = ceil_div(args.m, passes);
-  split(ceil_div(w.n, width), one_thread(args.m, bitmap ? w.total : w.total * kSellRows),
-        [&](int64_t begin, int64_t end) {
-          for (int64_t row = 0; row < args.m; row += height) {
-            LinearArgs part = args;
-            part.m = std::min(height, args.m - row);
-            part.x += row * args.x_stride;
-            float* const y = args.y + row * w.n;
-            if (bitmap) {
-              kernels.bitmap({w, part.x, args.x_stride, part.m, begin, end, y, w.n});
-              const int64_t column = begin * width;
-              finish_rows(kernels, args, row, part.m, column, std::min(end * width, w.n) - column);
-            } else {
-              kernels.sell({w, copy_for_sell(part), kSellStride, part.m, begin, end, y, w.n});
-            }
-          }
-        });
-  if (!bitmap) finish_rows(kernels, args, 0, args.m, 0, w.n);  // a slice's outputs lie anywhere
+  const int64_t passes = ceil_div(args.m, f.pass_rows), height = ceil_div(args.m, passes);
+  const int64_t blocks = ceil_div(w.n, f.width);
+  const int64_t parts =
+      one_thread(args.m, w.total * f.stored) ? 1 : std::min<int64_t>(std::max<int64_t>(num_threads(), 1), blocks);
+  split(parts, parts == 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = first_block(w, blocks, first, parts), end = first_block(w, blocks, last, parts);
+    if (begin == end) return;
+    for (int64_t row = 0; row < args.m; row += height) {
+      LinearArgs part = args;
+      part.m = std::min(height, args.m - row);
+      part.x += row * args.x_stride;
+      float* const y = args.y + row * w.n;
+      if (f.scattered) {
+        f.kernel({w, copy_for_sell(part), kSellStride, part.m, begin, end, y, w.n});
+      } else {
+        f.kernel({w, part.x, args.x_stride, part.m, begin, end, y, w.n});
+        const int64_t column = begin * f.width;
+        finish_rows(kernels, args, row, part.m, column, std::min(end * f.width, w.n) - column);
+      }
+    }
+  });
+  if (f.scattered) finish_rows(kernels, args, 0, args.m, 0, w.n);
 }
 
 // Rows [row, row + rows) of x, to be transposed into `count` panels of `lanes` rows that meet the weight in one pass.

@@ -12,10 +12,18 @@ struct Lanes {
     return l;
   }
   void store(float* p) const { memcpy(p, v, sizeof v); }
-  static Lanes expand(const float* value, const float*, uint32_t mask) {
+  static float widened(float value) { return value; }
+  static float widened(uint16_t bf16) {
+    const uint32_t bits = uint32_t{bf16} << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  template <class T>
+  static Lanes expand(const T* value, uint32_t mask) {
     Lanes l{};
     for (int i = 0; i < 16; ++i)
-      if (mask >> i & 1) l.v[i] = *value++;
+      if (mask >> i & 1) l.v[i] = widened(*value++);
     return l;
   }
   static float broadcast(const float* p) { return *p; }
@@ -24,23 +32,23 @@ struct Lanes {
     for (int i = 0; i < 16; ++i) l.v[i] = Simd::fma(w.v[i], x, s.v[i]);
     return l;
   }
-  static Lanes multiply_add(const Lanes& w, const Lanes& x, const Lanes& s) {
-    Lanes l;
-    for (int i = 0; i < 16; ++i) l.v[i] = Simd::fma(w.v[i], x.v[i], s.v[i]);
-    return l;
-  }
-  struct Index {
-    uint16_t k[16];
-    explicit Index(const uint8_t* p) { memcpy(k, p, sizeof k); }
-    Lanes of(const float* x) const {
-      Lanes l;
-      for (int i = 0; i < 16; ++i) l.v[i] = x[k[i]];
-      return l;
-    }
-  };
 };
-using Narrow = Lanes;
-using Wide = Lanes;
+
+struct Quad {
+  float v[4];
+  static Quad zero() { return {}; }
+  static Quad load(const float* p) {
+    Quad f;
+    memcpy(f.v, p, sizeof f.v);
+    return f;
+  }
+  void store(float* p) const { memcpy(p, v, sizeof v); }
+  static Quad of(const float* x, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return {{x[a], x[b], x[c], x[d]}}; }
+  static Quad fma(const Quad& w, const Quad& x, const Quad& s) {
+    return {{Simd::fma(w.v[0], x.v[0], s.v[0]), Simd::fma(w.v[1], x.v[1], s.v[1]), Simd::fma(w.v[2], x.v[2], s.v[2]),
+             Simd::fma(w.v[3], x.v[3], s.v[3])}};
+  }
+};
 
 inline void transpose8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
   for (int64_t i = 0; i < 8; ++i)
@@ -60,6 +68,8 @@ struct Four {
 
 #include "kernels.inl"
 #include "panels.inl"
+#include "sell16.inl"
+#include "sell8.inl"
 
 namespace {
 
@@ -118,14 +128,17 @@ struct Dot {
 
 namespace {
 
-void bitmap(const FewArgs& a) {
+template <class T>
+void bitmap_of(const FewArgs& a) {
   switch (a.rows) {
-    case 1: return bitmap_rows<Narrow, 1>(a);
-    case 2: return bitmap_rows<Wide, 2>(a);
-    case 3: return bitmap_rows<Wide, 3>(a);
-    default: return bitmap_rows<Wide, 4>(a);
+    case 1: return bitmap_rows<Lanes, 1, T>(a);
+    case 2: return bitmap_rows<Lanes, 2, T>(a);
+    case 3: return bitmap_rows<Lanes, 3, T>(a);
+    default: return bitmap_rows<Lanes, 4, T>(a);
   }
 }
+void bitmap(const FewArgs& a) { bitmap_of<float>(a); }
+void bitmap_bf16(const FewArgs& a) { bitmap_of<uint16_t>(a); }
 
 void panels(const PanelArgs& a) {
   switch (a.lanes) {
@@ -137,6 +150,14 @@ void panels(const PanelArgs& a) {
 
 }  // namespace
 
-const Kernels fs::sparse_matmul::kScalar = {
-    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap, &sell, &panels, &transpose,
-    &finish,  &sample_block};
+const Kernels fs::sparse_matmul::kScalar = {"scalar",
+                                            fs::isa::Level::scalar,
+                                            fs::isa::kLevelScalar,
+                                            &bitmap,
+                                            &bitmap_bf16,
+                                            &sell16,
+                                            &sell8,
+                                            &panels,
+                                            &transpose,
+                                            &finish,
+                                            &sample_block};

@@ -1,5 +1,5 @@
 // bitmap32 v1 (format 2, block 32) of float16 or bfloat16: the layout of bitmap32.h with values of 16 bits, header
-// dtype 3 (f16) or 4 (bf16). 2d + 1/8 bytes a weight, d the density. Few rows of x; runs on CUDA only.
+// dtype 3 (f16) or 4 (bf16). 2d + 1/8 bytes a weight, d the density. Few rows of x. float16 runs on CUDA only.
 //   u64 offset[B+1], u32 mask[B][K]   as there
 //   u16 value[non-zeros]              by block, k, output; never +0 or -0
 //   u16 zero[512]                     room for reading ahead

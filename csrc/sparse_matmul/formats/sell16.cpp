@@ -9,11 +9,11 @@ namespace {
 struct Layout {
   int64_t slices, offset, row, step, end;
   Layout(int64_t n, int64_t steps)
-      : slices(ceil_div(n, kSellRows)),
+      : slices(ceil_div(n, kSell16Rows)),
         offset(kPackHeaderBytes),
         row(offset + round64(8 * (slices + 1))),
-        step(row + round64(4 * slices * kSellRows)),
-        end(step + round64(kSellStepBytes * steps)) {}
+        step(row + round64(4 * slices * kSell16Rows)),
+        end(step + round64(kSell16StepBytes * steps)) {}
 };
 
 // The value and the index of one lane of a step.
@@ -31,7 +31,7 @@ std::vector<uint8_t> pack(const Source& s) {
   int64_t nonzeros = 0, steps = 0;
   for (int64_t r = 0; r < s.n; ++r) nonzeros += count[static_cast<size_t>(r)] = s.count(r, 0, s.k);
   const std::vector<uint32_t> order = descending(count);
-  for (int64_t r = 0; r < s.n; r += kSellRows) steps += count[order[static_cast<size_t>(r)]];
+  for (int64_t r = 0; r < s.n; r += kSell16Rows) steps += count[order[static_cast<size_t>(r)]];
   const Layout l(s.n, steps);
   std::vector<uint8_t> out = begin_pack(kSell16Format, s, nonzeros, l.end);
   auto* offset = reinterpret_cast<uint64_t*>(out.data() + l.offset);
@@ -39,21 +39,21 @@ std::vector<uint8_t> pack(const Source& s) {
   uint64_t used = 0;
   for (int64_t slice = 0; slice < l.slices; ++slice) {
     offset[slice] = used;
-    for (int64_t lane = 0; lane < kSellRows; ++lane) {
-      const int64_t place = slice * kSellRows + lane;
+    for (int64_t lane = 0; lane < kSell16Rows; ++lane) {
+      const int64_t place = slice * kSell16Rows + lane;
       row[place] = place < s.n ? order[static_cast<size_t>(place)] : UINT32_MAX;
       if (place >= s.n) continue;
-      uint8_t* step = out.data() + l.step + static_cast<int64_t>(used) * kSellStepBytes;
+      uint8_t* step = out.data() + l.step + static_cast<int64_t>(used) * kSell16StepBytes;
       for (int64_t k = 0; k < s.k; ++k) {
         const float w = s.at(row[place], k);
         if (w == 0.0f) continue;
         const auto index = static_cast<uint16_t>(k);
         std::memcpy(step + 4 * lane, &w, 4);
         std::memcpy(step + 64 + 2 * lane, &index, 2);
-        step += kSellStepBytes;
+        step += kSell16StepBytes;
       }
     }
-    used += static_cast<uint64_t>(count[row[slice * kSellRows]]);
+    used += static_cast<uint64_t>(count[row[slice * kSell16Rows]]);
   }
   offset[l.slices] = used;
   return out;
@@ -86,8 +86,8 @@ std::string damage(const PackHeader& h, const Pack& p, const uint8_t* bytes) {
   std::vector<bool> seen(static_cast<size_t>(p.n));
   int64_t nonzeros = 0, before = p.k, row_before = -1;
   for (int64_t s = 0; s < l.slices; ++s)
-    for (int64_t lane = 0; lane < kSellRows; ++lane) {
-      const int64_t place = s * kSellRows + lane;
+    for (int64_t lane = 0; lane < kSell16Rows; ++lane) {
+      const int64_t place = s * kSell16Rows + lane;
       const uint32_t row = p.row[place];
       if (place >= p.n ? row != UINT32_MAX : row >= p.n || seen[row])
         return damaged("rows that are not a permutation of N");
@@ -95,7 +95,7 @@ std::string damage(const PackHeader& h, const Pack& p, const uint8_t* bytes) {
       int64_t last = -1, count = 0;
       bool ended = false;
       for (uint64_t i = p.offset[s]; i < p.offset[s + 1]; ++i) {
-        const Lane w(p.step + static_cast<int64_t>(i) * kSellStepBytes, lane);
+        const Lane w(p.step + static_cast<int64_t>(i) * kSell16StepBytes, lane);
         if (w.value == 0.0f) {
           uint32_t bits;
           std::memcpy(&bits, &w.value, 4);
@@ -118,23 +118,23 @@ std::string damage(const PackHeader& h, const Pack& p, const uint8_t* bytes) {
     }
   if (nonzeros != h.nonzeros) return damaged("values that do not match the header's non-zeros");
   if (!all_zero(bytes + l.offset + 8 * (l.slices + 1), bytes + l.row) ||
-      !all_zero(bytes + l.row + 4 * l.slices * kSellRows, bytes + l.step) ||
-      !all_zero(bytes + l.step + kSellStepBytes * p.total, bytes + l.end))
+      !all_zero(bytes + l.row + 4 * l.slices * kSell16Rows, bytes + l.step) ||
+      !all_zero(bytes + l.step + kSell16StepBytes * p.total, bytes + l.end))
     return damaged(kGap);
   return "";
 }
 
 void unpack(const Pack& p, float* weight) {
-  for (int64_t s = 0; s < ceil_div(p.n, kSellRows); ++s)
+  for (int64_t s = 0; s < ceil_div(p.n, kSell16Rows); ++s)
     for (uint64_t i = p.offset[s]; i < p.offset[s + 1]; ++i)
-      for (int64_t lane = 0; lane < kSellRows; ++lane) {
-        const Lane w(p.step + static_cast<int64_t>(i) * kSellStepBytes, lane);
-        if (w.value != 0.0f) weight[int64_t{p.row[s * kSellRows + lane]} * p.k + w.k] = w.value;
+      for (int64_t lane = 0; lane < kSell16Rows; ++lane) {
+        const Lane w(p.step + static_cast<int64_t>(i) * kSell16StepBytes, lane);
+        if (w.value != 0.0f) weight[int64_t{p.row[s * kSell16Rows + lane]} * p.k + w.k] = w.value;
       }
 }
 
 }  // namespace
 
-const PackedFormat kSell16Format{kSell16, "sell16", kSellRows, kMaxSellK, &pack, &view, &damage, &unpack};
+const PackedFormat kSell16Format{kSell16, "sell16", kSell16Rows, kMaxSellK, &pack, &view, &damage, &unpack};
 
 }  // namespace fs::sparse_matmul::formats

@@ -10,15 +10,44 @@
 #include "pair.h"
 #include "panels128.h"
 #include "sell16.h"
+#include "sell8.h"
 
 namespace fs::sparse_matmul::formats {
 namespace {
 
-constexpr const PackedFormat* kFormats[] = {&kBitmap32Format, &kSell16Format, &kPanels128Format};
+constexpr const PackedFormat* kFormats[] = {&kBitmap32Format, &kSell16Format, &kPanels128Format, &kSell8Format};
 
 template <class T>
 std::string text(T value) {
   return std::to_string(value);
+}
+
+// A bitmap32 of bfloat16, which runs on the CPU, too.
+bool is_bf16(const PackHeader& h) {
+  return std::memcmp(h.magic, "fspk", 4) == 0 && bitmap16::is_bitmap16(h) && h.dtype == kDTypeBf16;
+}
+
+Pack of_bf16(const bitmap16::Weight& w) {
+  Pack p{};
+  p.format = kBitmap32;
+  p.n = w.n;
+  p.k = w.k;
+  p.total = w.total;
+  p.offset = w.offset;
+  p.mask = w.mask;
+  p.value16 = w.value;
+  return p;
+}
+
+// Into zeros.
+void unpack_bf16(const Pack& p, float* weight) {
+  const uint16_t* value = p.value16;
+  for (int64_t b = 0; b < ceil_div(p.n, kBitmapColumns); ++b)
+    for (int64_t k = 0; k < p.k; ++k)
+      for (uint32_t m = p.mask[b * p.k + k]; m != 0; m &= m - 1) {
+        const uint32_t bits = uint32_t{*value++} << 16;
+        std::memcpy(weight + (b * kBitmapColumns + __builtin_ctz(m)) * p.k + k, &bits, 4);
+      }
 }
 
 // Empty if the header is one of `format`, what the sizes are to be aside.
@@ -28,7 +57,7 @@ std::string header_error(const PackHeader& h, int64_t size, const PackedFormat**
   if (h.format == nm24::kFormat) return "got nm24, which runs on CUDA only";
   if (h.format == kPair) return "got a pair, which runs on the CPU only";
   if (h.format == blocks16::kFormat) return "got blocks16, which runs on CUDA only";
-  if (bitmap16::is_bitmap16(h)) return "got a bitmap32 of 16-bit values, which runs on CUDA only";
+  if (bitmap16::is_bitmap16(h)) return "got a bitmap32 of float16, which runs on CUDA only";
   const PackedFormat* f = *format = find(h.format);
   if (f == nullptr) return "got format " + text(h.format) + ", expected " + known();
   if (h.version != kVersion)
@@ -70,6 +99,12 @@ std::string view(const uint8_t* bytes, int64_t size, Pack* out, int64_t rows) {
   PackHeader h;
   std::memcpy(&h, bytes, sizeof h);
   if (h.format == kPair && std::memcmp(h.magic, "fspk", 4) == 0) return view_pair(h, bytes, size, rows, out);
+  if (is_bf16(h)) {
+    bitmap16::Weight w;
+    const std::string error = bitmap16::view(h, bytes, size, &w);
+    if (error.empty()) *out = of_bf16(w);
+    return error;
+  }
   const PackedFormat* format;
   const std::string error = header_error(h, size, &format);
   return error.empty() ? format->view(h, bytes, size, out) : error;
@@ -88,6 +123,8 @@ std::string validate(const uint8_t* bytes, int64_t size) {
   Pack p;
   const std::string error = view(bytes, size, &p);
   if (!error.empty()) return error;
+  bitmap16::Weight w;
+  if (p.value16 != nullptr) return bitmap16::validate(bytes, size, &w);
   PackHeader h;
   std::memcpy(&h, bytes, sizeof h);
   return h.format == kPair ? pair_damage(h, bytes, size) : find(h.format)->damage(h, p, bytes);
@@ -96,6 +133,7 @@ std::string validate(const uint8_t* bytes, int64_t size) {
 void unpack(const Pack& p, float* weight) {
   if (p.n == 0 || p.k == 0) return;  // an empty tensor has no memory
   std::memset(weight, 0, static_cast<size_t>(p.n * p.k) * sizeof(float));
+  if (p.value16 != nullptr) return unpack_bf16(p, weight);
   find(p.format)->unpack(p, weight);
 }
 

@@ -1,5 +1,6 @@
-// The packs of a sparse float32 weight f32[N,K]: one face for all layouts. Each layout is documented to the byte in its
-// own header (formats/<format>.h); all begin with the 64-byte header of runtime/pack.h, dtype 2.
+// The packs of a sparse weight [N,K] that run on the CPU, float32 or (bitmap32: bitmap16.h) bfloat16: one face for all
+// layouts. Each layout is documented to the byte in its own header (formats/<format>.h); all begin with the 64-byte
+// header of runtime/pack.h, dtype 2.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -13,7 +14,7 @@ namespace fs::sparse_matmul::formats {
 struct PackedFormat;
 
 inline constexpr uint16_t kVersion = 1;
-inline constexpr uint32_t kDTypeF32 = 2;
+inline constexpr uint32_t kDTypeF32 = 2, kDTypeBf16 = 4;
 
 // The layout with this code, or null; and all of them as "2 (bitmap32), 3 (sell16) or ...", for messages.
 const PackedFormat* find(int64_t code);
@@ -34,7 +35,7 @@ std::string view_bitmap32(const PackHeader& header, const uint8_t* bytes, int64_
 // As view(), then every index, count, offset, mask and gap: empty only for what pack() writes, apart from the values.
 std::string validate(const uint8_t* bytes, int64_t size);
 
-// The inverse of pack(), into a contiguous f32[n, k]; the pack has passed validate().
+// The inverse of pack(), into a contiguous f32[n, k], bfloat16 widened; the pack has passed validate().
 void unpack(const Pack& pack, float* weight);
 
 }  // namespace fs::sparse_matmul::formats

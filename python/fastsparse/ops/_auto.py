@@ -62,6 +62,7 @@ class Candidate:
 # A new format is a line here. What cannot win is left out, so that it costs no time.
 CANDIDATES = (
     Candidate("bitmap32", most_rows=16),
+    Candidate("sell8", most_rows=16, fits=lambda weight, density: weight.shape[1] <= 65536 and density <= 0.6),
     Candidate("sell16", most_rows=16, fits=lambda weight, density: weight.shape[1] <= 65536 and density <= 0.6),
     Candidate("panels128"),
 )

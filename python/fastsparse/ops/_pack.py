@@ -10,12 +10,12 @@ from torch import Tensor
 
 HEADER = struct.Struct("<4sHHIIqqqQ16s")
 FORMATS = {1: "vnni16", 2: "bitmap32", 3: "sell16", 4: "panels128", 5: "nm24", 6: "u4"}
-FORMATS |= {11: "bitmap_s8", 12: "blocks_s8", 13: "pair", 14: "blocks16", 15: "structure"}
+FORMATS |= {8: "sell8", 11: "bitmap_s8", 12: "blocks_s8", 13: "pair", 14: "blocks16", 15: "structure"}
 DTYPES = {1: "int8", 2: "float32", 3: "float16", 4: "bfloat16", 5: "int4", 6: "uint4"}
 DTYPES_OF = {1: (1,), 2: (2, 3, 4), 3: (2,), 4: (2,), 5: (3, 4), 6: (5, 6)}  # by format
-DTYPES_OF |= {11: (1,), 12: (1,), 13: (2,), 14: (3, 4), 15: (2,)}
-BLOCKS = {1: (16,), 2: (32,), 3: (16,), 4: (192,), 5: (4,), 6: (32, 64, 128), 11: (16,), 12: (260, 1028)}
-BLOCKS |= {14: (32, 64), 15: (128,)}
+DTYPES_OF |= {8: (2,), 11: (1,), 12: (1,), 13: (2,), 14: (3, 4), 15: (2,)}
+BLOCKS = {1: (16,), 2: (32,), 3: (16,), 4: (192,), 5: (4,), 6: (32, 64, 128)}
+BLOCKS |= {8: (64,), 11: (16,), 12: (260, 1028), 14: (32, 64), 15: (128,)}
 BLOCKS_S8 = {260: "blocks1x4", 1028: "blocks4x4"}  # what blocks_s8 is called by its block
 PAIR = 13  # its block is a number of rows, at least 1
 LARGEST_SIDE = 2**31

@@ -28,13 +28,14 @@ def pack(
     Args:
         weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K] for `sparse_linear`: dense,
             torch.sparse_csr, sparse_csc, sparse_coo or a scipy.sparse matrix, of which exactly what is zero is left
-            out (a zero that is stored explicitly, too); float16 or bfloat16 [N, K], for `sparse_linear` on CUDA. 4-bit
+            out (a zero that is stored explicitly, too); float16 or bfloat16 [N, K], for `sparse_linear` on CUDA
+            (bitmap32 of bfloat16: on the CPU, too). 4-bit
             codes [N, K] for `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point
             (`quantize_groups`).
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
             `sparse_int8_linear` "bitmap_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, formats/blocks_s8.h in
             csrc/sparse_matmul), or "sparse": that of the three which fits the zeros and `rows`. uint8: "u4".
-            float32: "bitmap32", "sell16" or "panels128" (csrc/sparse_matmul/formats). float16, bfloat16:
+            float32: "bitmap32", "sell16", "sell8" or "panels128" (csrc/sparse_matmul/formats). float16, bfloat16:
             "nm24", where at most 2 of every 4 consecutive k are not zero; "blocks16", squares of 32 or 64, whichever
             suits, for many rows; "bitmap32" for few. "auto": vnni16, u4 (uint8), nm24, or what was measured to be the
             fastest for the weight's size, density and `rows` (float32: measured on this machine, some milliseconds, and

@@ -18,8 +18,8 @@ from fastsparse.ops._pack import HEADER, PAIR, Rows, read_header
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 from fastsparse.ops.sparse_training import to_csr, values_linear
 
-FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4}
-# Of float16 and bfloat16 weights, for CUDA.
+FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4, "sell8": 8}
+# Of float16 and bfloat16 weights, for CUDA; bitmap32 of bfloat16 runs on the CPU, too.
 HALF_FORMATS = {"nm24": 5, "blocks16": 14, "bitmap32": 2}
 MAX_SELL_K = 65536  # kMaxSellK in csrc/sparse_matmul/sparse_matmul.h
 # Measured: docs/kernels/sparse_matmul.md. Rows of x up to which a few-rows format is the fastest, and the density from
@@ -59,9 +59,10 @@ def sparse_linear(
 
     Args:
         x: float32 [..., K]; any strides. bfloat16 and float16 are computed in float32 and rounded at the end. For a
-            weight of 16 bits: of the weight's dtype.
-        weight: a pack of f32[N, K], from `pack`; on CUDA also of float16 or bfloat16. It is a plain tensor without a
-            gradient. Or, with `values`, a structure from `sparse_structure` (on the CPU).
+            weight of 16 bits on CUDA: of the weight's dtype.
+        weight: a pack of f32[N, K], from `pack`, or a bitmap32 of bfloat16, which gives the bits of the float32 pack of
+            the same values; on CUDA any of float16 or bfloat16. It is a plain tensor without a gradient. Or, with
+            `values`, a structure from `sparse_structure` (on the CPU).
         bias: float32 [N].
         activation: None, "relu", "gelu" (the exact one) or "silu".
         out_features: N. Needed under torch.compile where there is no bias (the pack's bytes can't be read there).
