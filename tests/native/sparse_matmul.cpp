@@ -39,6 +39,9 @@ void check(const std::vector<const Kernels*>& rows) {
     for (int64_t i = 0; i < k; ++i) x.data()[r * stride + i] = normal();
   for (int64_t j = 0; j < n; ++j) bias.data()[j] = normal();
   for (float& w : weight) w = uniform(0, 99) < percent ? 0.0f : normal();
+  const int64_t kept = pick({1, 2, 4});  // of every 4: below 4, the nm formats take the weight, too
+  for (int64_t j = 0; j < n * k && kept < 4; ++j)
+    if ((j % k % 4 + j / k + j % k / 4) % 4 >= kept) weight[static_cast<size_t>(j)] = 0;
   const bool with_bias = uniform(0, 1) != 0;
   const auto activation = static_cast<fs::Activation>(uniform(0, 3));
 
@@ -56,8 +59,15 @@ void check(const std::vector<const Kernels*>& rows) {
     float* y = expected.data() + r * n;
     rows.front()->finish({y, with_bias ? bias.data() : nullptr, activation, n, y});  // the scalar row's epilogue
   }
-  for (const Format format : {kBitmap32, kSell16, kPanels128}) {
-    const std::vector<uint8_t> bytes = formats::pack(*formats::find(format), weight.data(), k, 1, n, k);
+  struct Layout {
+    int format, block, most;  // most: non-zeros in 4 consecutive k
+  };
+  for (const auto [format, block, most] :
+       {Layout{kBitmap32, 0, 4}, Layout{kSell16, 0, 4}, Layout{kPanels128, 0, 4}, Layout{kBlocks, 0x0104, 4},
+        Layout{kBlocks, 0x0404, 4}, Layout{kBlocks, 0x0808, 4}, Layout{kBlocks, 0x1010, 4}, Layout{kBlocks, 0x1001, 4},
+        Layout{kNm, 0x0104, 1}, Layout{kNm, 0x0204, 2}, Layout{kNm, 0x0408, 2}}) {
+    if (kept > most) continue;
+    const std::vector<uint8_t> bytes = formats::pack(*formats::find(format, block), weight.data(), k, 1, n, k);
     std::vector<float> back(weight.size());
     LinearArgs args{};
     const auto size = static_cast<int64_t>(bytes.size());
@@ -101,7 +111,7 @@ int main(int argc, char** argv) {
     }
   for (int i = 0; i < cases && failures < 20; ++i) check(rows);
   for (int i = 0; i < cases && failures < 20; ++i) check_int8();
-  std::printf("%d cases of sparse_linear and of sparse_int8_linear in 3 formats each; rows: %s; %d failures\n", cases,
+  std::printf("%d cases of sparse_linear and of sparse_int8_linear in all formats; rows: %s; %d failures\n", cases,
               names.c_str(), failures);
   return failures == 0 ? 0 : 1;
 }

@@ -120,6 +120,10 @@ struct Four {
 
 #include "kernels.inl"
 #include "panels.inl"
+#include "slices_avx2.inl"
+// Behind these two:
+#include "blocks.inl"
+#include "nm.inl"
 
 namespace {
 
@@ -140,7 +144,26 @@ void panels(const PanelArgs& a) {
   }
 }
 
+void block_panel(const TileArgs& a) {
+  switch (a.lanes) {
+    case 8: return block_panel_of<8>(a);
+    case 16: return block_panel_of<16>(a);
+    case 32: return block_panel_of<32>(a);
+    default: return block_panel_of<64>(a);
+  }
+}
+
+void nm_panel(const TileArgs& a) {
+  switch (a.lanes) {
+    case 8: return nm_panel_of<8>(a);
+    case 16: return nm_panel_of<16>(a);
+    case 32: return nm_panel_of<32>(a);
+    default: return nm_panel_of<64>(a);
+  }
+}
+
 }  // namespace
 
 const Kernels fs::sparse_matmul::kAvx2 = {
-    "avx2", fs::isa::Level::avx2, fs::isa::kLevelAvx2, &bitmap, &sell, &panels, &transpose, &finish};
+    "avx2",  fs::isa::Level::avx2, fs::isa::kLevelAvx2, &bitmap,    &sell,    &panels, &transpose,
+    &finish, &block_slices,        &block_panel,        &nm_slices, &nm_panel};

@@ -47,6 +47,10 @@ struct Four {
 
 #include "kernels.inl"
 #include "panels.inl"
+#include "slices_avx512.inl"
+// Behind these two:
+#include "blocks.inl"
+#include "nm.inl"
 
 namespace {
 
@@ -115,7 +119,26 @@ void panels(const PanelArgs& a) {
   }
 }
 
+void block_panel(const TileArgs& a) {
+  switch (a.lanes) {
+    case 8: return kAvx2.block_panel(a);
+    case 16: return block_panel_of<16>(a);
+    case 32: return block_panel_of<32>(a);
+    default: return block_panel_of<64>(a);
+  }
+}
+
+void nm_panel(const TileArgs& a) {
+  switch (a.lanes) {
+    case 8: return kAvx2.nm_panel(a);
+    case 16: return nm_panel_of<16>(a);
+    case 32: return nm_panel_of<32>(a);
+    default: return nm_panel_of<64>(a);
+  }
+}
+
 }  // namespace
 
 const Kernels fs::sparse_matmul::kAvx512 = {
-    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap, &sell, &panels, &transpose_wide, &finish};
+    "avx512", fs::isa::Level::avx512, fs::isa::kLevelAvx512, &bitmap,    &sell,    &panels, &transpose_wide,
+    &finish,  &block_slices,          &block_panel,          &nm_slices, &nm_panel};

@@ -60,6 +60,10 @@ struct Four {
 
 #include "kernels.inl"
 #include "panels.inl"
+#include "slices_scalar.inl"
+// Behind these two:
+#include "blocks.inl"
+#include "nm.inl"
 
 namespace {
 
@@ -80,7 +84,26 @@ void panels(const PanelArgs& a) {
   }
 }
 
+void block_panel(const TileArgs& a) {
+  switch (a.lanes) {
+    case 8: return block_panel_of<8>(a);
+    case 16: return block_panel_of<16>(a);
+    case 32: return block_panel_of<32>(a);
+    default: return block_panel_of<64>(a);
+  }
+}
+
+void nm_panel(const TileArgs& a) {
+  switch (a.lanes) {
+    case 8: return nm_panel_of<8>(a);
+    case 16: return nm_panel_of<16>(a);
+    case 32: return nm_panel_of<32>(a);
+    default: return nm_panel_of<64>(a);
+  }
+}
+
 }  // namespace
 
 const Kernels fs::sparse_matmul::kScalar = {
-    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap, &sell, &panels, &transpose, &finish};
+    "scalar", fs::isa::Level::scalar, fs::isa::kLevelScalar, &bitmap,    &sell,    &panels, &transpose,
+    &finish,  &block_slices,          &block_panel,          &nm_slices, &nm_panel};

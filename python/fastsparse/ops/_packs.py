@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fastsparse.ops import int8_gemm, sparse_int8, sparse_matmul
-from fastsparse.ops._pack import Rows, read_header
+from fastsparse.ops._pack import SHAPED, Rows, read_header
 
 _SPARSE_INT8 = (*sparse_int8.FORMATS, "sparse")
 _INT8 = ("vnni16", "u4", *_SPARSE_INT8)
+_FLOAT32 = (*sparse_matmul.FORMATS, *SHAPED)
 
 
 def pack(
@@ -34,8 +35,11 @@ def pack(
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
             `sparse_int8_linear` "bitmap_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, formats/blocks_s8.h in
             csrc/sparse_matmul), or "sparse": that of the three which fits the zeros and `rows`. uint8: "u4".
-            float32: "bitmap32", "sell16" or "panels128" (csrc/sparse_matmul/formats). float16, bfloat16:
-            "nm24" (formats/nm24.h there). "auto": vnni16, u4 (uint8), nm24, or what was measured to be the fastest for
+            float32: "bitmap32", "sell16" or "panels128" (csrc/sparse_matmul/formats); for zeros in blocks of outputs x
+            k "blocks1x4", "blocks4x4", "blocks8x8", "blocks16x16" or "blocks16x1" (formats/blocks.h: any weight can be
+            packed so, whole blocks with something in them are stored); for at most N of every M consecutive k not
+            zero "nm1:4", "nm2:4" or "nm4:8" (formats/nm.h: other weights are refused). float16, bfloat16: "nm24"
+            (formats/nm24.h there). "auto": vnni16, u4 (uint8), nm24, or what was measured to be the fastest for
             the weight's size, density and `rows` (float32: measured on this machine, some milliseconds, and remembered:
             docs/kernels/sparse_matmul.md, "auto"; FASTSPARSE_CACHE=off takes a rule of thumb).
         rows: rows of x to be expected; None: many. Every format serves any number, at its own speed. (few, many), for
@@ -54,7 +58,7 @@ def pack(
     nibbles = weight.dtype == torch.uint8
     known = (
         "auto",
-        *(sparse_matmul.FORMATS if sparse else ("nm24",) if half else ("u4",) if nibbles else _INT8),
+        *(_FLOAT32 if sparse else ("nm24",) if half else ("u4",) if nibbles else _INT8),
     )
     if format not in known:
         names = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
@@ -92,10 +96,10 @@ def unpack(pack: Tensor) -> Tensor:
     header = describe(pack)
     if header["format"] == "u4":
         return int8_gemm.unpack_u4(pack, header)
-    if header["format"] in sparse_int8.FORMATS:
-        return sparse_int8.unpack_sparse_int8(pack, header)
     if header["dtype"] != "int8":
         return sparse_matmul.unpack_float(pack, header)
+    if header["format"] in sparse_int8.FORMATS:
+        return sparse_int8.unpack_sparse_int8(pack, header)
     return int8_gemm.unpack_int8(pack, header)
 
 
@@ -124,8 +128,8 @@ def describe(pack: Tensor) -> dict[str, Any]:
     header = read_header(pack)
     if header["format"] == "u4":
         return int8_gemm.describe_u4(pack, header)
-    if header["format"] in sparse_int8.FORMATS:
-        return sparse_int8.describe_sparse_int8(pack, header)
     if header["dtype"] != "int8":
         return sparse_matmul.describe_float(pack, header)
+    if header["format"] in sparse_int8.FORMATS:
+        return sparse_int8.describe_sparse_int8(pack, header)
     return int8_gemm.describe_int8(pack, header)
