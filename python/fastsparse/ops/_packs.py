@@ -72,7 +72,7 @@ def pack(
             raise ValueError(f"pack: {name} is for the format 'u4' alone, got one for {format!r}")
     if half:
         return sparse_matmul.pack_nm24(weight)
-    if format in _SPARSE_INT8:
+    if format in _SPARSE_INT8 and not sparse:
         return sparse_int8.pack_sparse_int8(weight, format, rows[1] if isinstance(rows, tuple) else rows)
     return sparse_matmul.pack_float(weight, format, rows) if sparse else int8_gemm.pack_int8(weight)
 
