@@ -146,7 +146,7 @@ Tensor train_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias
   return linear_cuda(x, weight, n, bias, 0);
 }
 
-Tensor pack_cpu(Tensor weight, int64_t format) {
+Tensor pack_cpu(Tensor weight, int64_t format, int64_t block) {
   constexpr const char* kOp = "sparse_pack";
   check_cpu(kOp, "weight", weight);
   check_dtype(kOp, "weight", weight, ScalarType::Float);
@@ -154,8 +154,10 @@ Tensor pack_cpu(Tensor weight, int64_t format) {
   const int64_t n = weight.size(0), k = weight.size(1);
   if (n >= kLargestSide || k >= kLargestSide)
     fail(kOp, "weight must have sides below 2^31, got " + shape_of("weight", weight));
-  const formats::PackedFormat* const packed = formats::find(format);
-  if (packed == nullptr) fail(kOp, "format must be " + formats::known() + ", got " + std::to_string(format));
+  const formats::PackedFormat* const packed = formats::find(format, block);
+  if (packed == nullptr)
+    fail(kOp, "format must be " + formats::known() + ", got " + std::to_string(format) + " with block " +
+                  std::to_string(block));
   if (k > packed->largest_k)
     fail(kOp, "weight must have at most K=" + std::to_string(packed->largest_k) + " columns for " + packed->name +
                   ", got " + shape_of("weight", weight));
@@ -264,7 +266,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
   m.def("sparse_linear(Tensor x, Tensor weight, int n, Tensor? bias=None, int activation=0) -> Tensor");
   // The same kernel under a name that carries autograd, without the activation (int8_gemm/ops.cpp says why).
   m.def("sparse_linear_train(Tensor x, Tensor weight, int n, Tensor? bias=None) -> Tensor");
-  m.def("sparse_pack(Tensor weight, int format) -> Tensor");
+  m.def("sparse_pack(Tensor weight, int format, int block=0) -> Tensor");
   m.def("sparse_validate(Tensor pack) -> int");
   m.def("sparse_unpack(Tensor pack, int n, int k) -> Tensor");
   m.def("half_pack(Tensor weight, int format) -> Tensor");

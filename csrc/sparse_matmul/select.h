@@ -30,6 +30,15 @@ inline constexpr int64_t kRowsShare = 16;
 // Elements of x from which threads fill the panels together: it takes a second parallel region, 1 to 3 us.
 inline constexpr int64_t kSharedPanels = int64_t{1} << 17;
 
+// The same for blocks and nm packs.
+inline int64_t tile_lanes(int64_t left) { return left > 32 ? 64 : panel_lanes(left); }
+
+// True: a blocks or nm pack is multiplied with outputs as lanes, not rows of x. docs/kernels/sparse_matmul.md
+inline bool few_rows(const Pack& w, int64_t m) {
+  if (w.format == kNm) return m <= 24;
+  return m <= (w.block >> 8 == 1 ? 4 : 8);  // blocks of one output, of more
+}
+
 // True: the work is too small for a second thread.
 inline bool one_thread(int64_t m, int64_t stored) { return m * stored < (int64_t{1} << 16); }
 

@@ -27,7 +27,7 @@ inline constexpr int kBitmapRows = 4;        // rows of x that one pass over a b
 inline constexpr int kSell16PassRows = 3;    // the same of a sell16 pack: more would not fit the registers
 inline constexpr int kSell8PassRows = 4;     // and of a sell8 pack
 inline constexpr int64_t kPassRows = 64;     // rows of x that meet a panels128 pack in one pass: up to two panels
-inline constexpr int64_t kMaxSellK = 65536;  // of sell16 and sell8
+inline constexpr int64_t kMaxSellK = 65536;  // of sell16, sell8 and blocks
 inline constexpr int64_t kSell8Slack = 256;  // of x behind kMaxSellK that a damaged sell8 pack may have read
 
 inline constexpr int64_t kBitmapColumns = 32;                          // outputs of a bitmap32 block
@@ -43,10 +43,16 @@ inline constexpr int64_t kChunk = 256;       // outputs of the widest panels128 
 inline constexpr int64_t kGroup = 8;         // outputs of a panels128 group, which are stored step by step
 inline constexpr int64_t kBlockK = 192;      // k of a panels128 block
 inline constexpr int64_t kIndexReach = 256;  // what the indices of a damaged block can say
+inline constexpr int64_t kBlockRows = 4;     // rows of x that one pass over a blocks pack serves
+inline constexpr int64_t kNmRows = 8;        // the same of an nm pack
+inline constexpr int64_t kSlice = 16;        // outputs that stand side by side in such a pack
+inline constexpr int64_t kWidestBlock = 16;  // k of the widest block
+inline constexpr int64_t kTileRows = 64;     // rows of x in the widest panel for such a pack
+inline constexpr int64_t kTileK = 128;       // k that meet such a panel at a time
 inline constexpr int64_t kSlack = 512;       // floats behind the values that may be read
 
 // The codes of the layouts, in the header of a pack (formats/<layout>.h).
-enum Format : int { kBitmap32 = 2, kSell16 = 3, kPanels128 = 4, kSell8 = 8 };
+enum Format : int { kBitmap32 = 2, kSell16 = 3, kPanels128 = 4, kSell8 = 8, kBlocks = 9, kNm = 10 };
 
 // Outputs of each chunk of a panels128 pack (the last one has what is left): at most kChunk, and such that two threads
 // get equal shares.
@@ -59,25 +65,31 @@ inline int64_t panel_width(int64_t n) {
 struct Pack {
   int format;
   int64_t n, k;
-  int64_t total;           // stored values (bitmap32), steps (sell16, panels128: of 16 or 8 values) or groups (sell8)
-  const uint64_t* offset;  // first value, step or group of each block, slice or chunk, and the total at last
-  const uint32_t* mask;    // bitmap32: [blocks][k], bit j: output 32 * block + j
-  const uint32_t* row;     // sell16, sell8: [slices][16 or 64], the output of each lane; N and above: none
-  const uint8_t* step;     // sell16: [total][96]
-  const uint16_t* base;    // sell8: [total][4], where the window of each step begins, in 16 k
-  const uint8_t* group;    // sell8: [total][1280]
-  const uint8_t* order;    // panels128: [chunks][k blocks][W + W / 8]: the rows, then the steps of their groups
-  const uint8_t* index;    // panels128: [total][8], k inside the block
+  int64_t total;            // stored values (bitmap32, nm), steps (sell16: of 16 values, panels128: of 8, blocks) or
+                            // groups (sell8)
+  uint32_t block;           // blocks, nm: the header's, which says their shape
+  const uint64_t* offset;   // first value, step or group of each block, slice or chunk, and the total at last
+  const uint32_t* mask;     // bitmap32: [blocks][k], bit j: output 32 * block + j
+  const uint32_t* row;      // sell16, sell8: [slices][16 or 64], the output of each lane; N and above: none
+  const uint8_t* step;      // sell16: [total][96]; nm: the runs
+  const uint16_t* base;     // sell8: [total][4], where the window of each step begins, in 16 k
+  const uint8_t* group;     // sell8: [total][1280]
+  const uint8_t* order;     // panels128: [chunks][k blocks][W + W / 8]: the rows, then the steps of their groups;
+                            // blocks: [slices][16/R]
+  const uint8_t* index;     // panels128: [total][8], k inside the block
+  const uint8_t* count;     // blocks: [slices][k blocks][16/R]
+  const uint16_t* first_k;  // blocks: [total][16/R]
   const float* value;
   const uint16_t* value16;  // bitmap32 of bfloat16 instead of value, else null
 };
 
-// Sums of blocks (slices) [begin, end) for `rows` rows of x (from 1 up to kBitmapRows, kSell16PassRows or
-// kSell8PassRows): y[r, output] = sum. Neither reads y.
+// Sums of blocks (slices) [begin, end) for `rows` rows of x (from 1 up to kBitmapRows, kSell16PassRows, ...): y[r,
+// output] = sum. Neither reads y.
 struct FewArgs {
   Pack pack;
   const float* x;  // [rows, k], rows x_stride elements apart; for the sell formats kMaxSellK + kSell8Slack floats of
-                   // each may be read
+                   // each may be read, for blocks kMaxSellK + kWidestBlock; for blocks and nm zeros follow up to the
+                   // end of the last block or run
   int64_t x_stride;
   int64_t rows;
   int64_t begin, end;
@@ -94,6 +106,16 @@ struct PanelArgs {
   int64_t panel_stride;
   int64_t lanes;  // 8, 16 or 32
   int64_t count;
+  int64_t chunk;
+  float* sums;
+};
+
+// One chunk of kChunk outputs of a blocks or nm pack for one panel of x: sums f32[kChunk][lanes].
+struct TileArgs {
+  Pack pack;
+  const float* panel;  // [K rounded up to kTileK][lanes], x transposed; rows and k beyond x are zero. Another kTileK
+                       // rows may be read if the pack is damaged.
+  int64_t lanes;       // 8, 16, 32 or 64
   int64_t chunk;
   float* sums;
 };
@@ -130,6 +152,10 @@ struct Kernels {
   void (*transpose)(const TransposeArgs&);
   void (*finish)(const FinishArgs&);
   void (*sample)(const SampleArgs&);
+  void (*block_slices)(const FewArgs&);  // up to kBlockRows rows
+  void (*block_panel)(const TileArgs&);
+  void (*nm_slices)(const FewArgs&);  // up to kNmRows rows
+  void (*nm_panel)(const TileArgs&);
 };
 
 // One per ISA file (cpu/<level>.cpp).

@@ -142,7 +142,8 @@ def _sparse_linear(device: torch.device) -> Case:
             weight = torch.randn(n, k, generator=generator)
             weight *= torch.rand(n, k, generator=generator) >= zeros
             x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
-            formats = ("bitmap32",) if device.type == "cuda" else ("bitmap32", "sell16", "panels128", "sell8")
+            every = ("bitmap32", "sell16", "panels128", "sell8", "blocks1x4", "blocks4x4", "blocks16x16")
+            formats = ("bitmap32",) if device.type == "cuda" else every
             packs = {name: ops.pack(weight, name).to(device) for name in formats}
             for activation in _ACTIVATIONS:
                 expected = reference.sparse_linear(x, weight, bias, activation)
@@ -193,6 +194,22 @@ def _sparse_training(device: torch.device) -> Case:
         part = error / (reference.sddmm_bound(mask, grad.t(), x) + 1e-45)
         what = f"sparse training M={m} N={n} K={k} zeros {zeros} gradient to the values"
         yield what, float(part.max()) if part.numel() > 0 else 0.0
+
+
+def _sparse_linear_nm(device: torch.device) -> Case:
+    """The formats for N of every M consecutive k."""
+    generator = torch.Generator().manual_seed(2)
+    for m, k, n in _SHAPES:
+        x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
+        for kept, of in ((1, 4), (2, 4), (4, 8)):
+            weight = torch.randn(n, k, generator=generator)
+            weight[:, torch.arange(k) % of >= kept] = 0
+            pack = ops.pack(weight, f"nm{kept}:{of}").to(device)
+            for activation in _ACTIVATIONS:
+                got = ops.sparse_linear(x.to(device), pack, bias.to(device), activation)
+                expected = reference.sparse_linear(x, weight, bias, activation)
+                what = f"sparse_linear M={m} N={n} K={k} nm{kept}:{of} {activation}"
+                yield what, _error(got.cpu(), expected) / _SPARSE_TOLERANCE
 
 
 def _sparse_linear_half(device: torch.device) -> Case:
@@ -271,7 +288,7 @@ CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
     ("qdq", "cuda"): [_qdq],
     ("kl_loss", "cpu"): [_kl_loss],
     ("kl_loss", "cuda"): [_kl_loss],
-    ("sparse_matmul", "cpu"): [_sparse_linear, _sparse_training],
+    ("sparse_matmul", "cpu"): [_sparse_linear, _sparse_linear_nm, _sparse_training],
     ("sparse_int8", "cpu"): [_sparse_int8],
     ("sparse_matmul", "cuda"): [_sparse_linear, _sparse_linear_half],
 }

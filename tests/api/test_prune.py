@@ -394,3 +394,84 @@ def test_cubic_is_fast_at_first_and_ends_at_the_end() -> None:
     assert values[10] == pytest.approx(0.9)
     steps = [b - a for a, b in itertools.pairwise(values)]
     assert all(a > b > 0 for a, b in itertools.pairwise(steps))
+
+
+# Patterns
+
+
+@pytest.mark.parametrize(("pattern", "kept", "of"), [("2:4", 2, 4), ("1:4", 1, 4), ("4:8", 4, 8), ("3:5", 3, 5)])
+def test_the_largest_of_every_group_stay_and_stay_zero_in_training(pattern: str, kept: int, of: int) -> None:
+    model = mlp()
+    model.append(nn.Linear(5, 7))  # 5 inputs: the last group is cut off
+    before = [p.detach().clone() for p in (model[0].weight, model[2].weight, model[3].weight)]
+    report = prune_(model, Magnitude(1 - kept / of, pattern=pattern))
+    masks = [model[i].weight.detach() != 0 for i in (0, 2, 3)]
+    for mask, old in zip(masks, before, strict=True):
+        for row, magnitudes in zip(mask, old.abs(), strict=True):
+            for first in range(0, len(row), of):
+                alive, size = row[first : first + of], magnitudes[first : first + of]
+                assert int(alive.sum()) == min(kept, len(alive))
+                assert not (~alive).any() or size[~alive].max() <= size[alive].min()
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1))
+    assert all(torch.equal(model[i].weight != 0, mask) for i, mask in zip((0, 2, 3), masks, strict=True))
+    assert report.title == f"pruned by magnitude, layer, {pattern}"
+    finalize_(model)
+    if pattern != "3:5":
+        assert torch.equal(SparseLinear.from_linear(model[0], f"nm{pattern}")(X), SparseLinear.from_linear(model[0])(X))
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (1, 4), (8, 3), (16, 1)])
+def test_whole_blocks_of_the_smallest_mean_go(height: int, width: int, scope: str) -> None:
+    model = mlp()
+    before = [model[0].weight.detach().abs(), model[2].weight.detach().abs()]
+    prune_(model, Magnitude(0.5, scope=scope, pattern=f"{height}x{width}"))
+    total = gone = 0
+    for layer, old in zip((model[0], model[2]), before, strict=True):
+        dead, alive = [], []
+        for rows, values in zip((layer.weight != 0).split(height), old.split(height), strict=True):
+            for block, size in zip(rows.split(width, 1), values.split(width, 1), strict=True):
+                assert block.all() or not block.any()
+                (alive if block.any() else dead).append(float(size.mean()))
+        assert scope == "global" or (len(dead) == round(0.5 * len(dead + alive)) and max(dead) <= min(alive) + 1e-6)
+        total, gone = total + len(dead + alive), gone + len(dead)
+    assert scope == "layer" or gone == round(0.5 * total)
+    # What was pruned goes first again: more sparsity takes more of what lives.
+    masks = [model[i].weight.detach() != 0 for i in (0, 2)]
+    prune_(model, Magnitude(0.75, scope=scope, pattern=f"{height}x{width}"))
+    assert all(not ((model[i].weight != 0) & ~mask).any() for i, mask in zip((0, 2), masks, strict=True))
+    assert zeros(model[0].weight) + zeros(model[2].weight) > sum(int((~mask).sum()) for mask in masks)
+
+
+def test_patterns_of_convolutions_run_over_their_flattened_inputs() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    prune_(model, Magnitude(0.5, pattern="2:4"))
+    assert (model[0].weight.flatten(1)[:, :24].reshape(8, 6, 4) != 0).sum(-1).eq(2).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 0.4, "pattern": "2:4"}, "sparsity must be 0.5 for '2:4', got 0.4"),
+        ({"sparsity": 0.5, "pattern": "2-4"}, "pattern must be None, 'RxC' or 'N:M'.* got '2-4'"),
+        ({"sparsity": 0.5, "pattern": 24}, "pattern must be None, .* got 24"),
+        ({"sparsity": 0.0, "pattern": "5:4"}, "at most M of M, got '5:4'"),
+        ({"sparsity": 0.5, "pattern": "0x4"}, "pattern must be None, .* got '0x4'"),
+        ({"sparsity": 0.5, "pattern": "2:4", "scope": "global"}, "scope must be 'layer' for '2:4', got 'global'"),
+    ],
+)
+def test_bad_patterns(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"Magnitude: .*{message}"):
+        Magnitude(**arguments)
+
+
+def test_layers_that_do_not_have_the_pattern_stay_dense() -> None:
+    model = mlp()
+    prune_(model, Magnitude(0.5, pattern="2:4", skip=("2",)))
+    finalize_(model)
+    prune_(model, Magnitude(0.5, skip=("0",)))
+    finalize_(model)
+    report = to_sparse_(model, Sparse(format="nm2:4", min_weights=0), measure=sparse_wins)
+    assert isinstance(model[0], SparseLinear)
+    assert isinstance(model[2], nn.Linear)
+    assert "not 2:4" in report.rows[1]["why"]

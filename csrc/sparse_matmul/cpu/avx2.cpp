@@ -86,6 +86,10 @@ struct Quad {
 #include "panels.inl"
 #include "sell16.inl"
 #include "sell8.inl"
+#include "slices_avx2.inl"
+// Behind these two:
+#include "blocks.inl"
+#include "nm.inl"
 
 namespace {
 
@@ -146,8 +150,38 @@ void panels(const PanelArgs& a) {
   }
 }
 
+void block_panel(const TileArgs& a) {
+  switch (a.lanes) {
+    case 8: return block_panel_of<8>(a);
+    case 16: return block_panel_of<16>(a);
+    case 32: return block_panel_of<32>(a);
+    default: return block_panel_of<64>(a);
+  }
+}
+
+void nm_panel(const TileArgs& a) {
+  switch (a.lanes) {
+    case 8: return nm_panel_of<8>(a);
+    case 16: return nm_panel_of<16>(a);
+    case 32: return nm_panel_of<32>(a);
+    default: return nm_panel_of<64>(a);
+  }
+}
+
 }  // namespace
 
-const Kernels fs::sparse_matmul::kAvx2 = {
-    "avx2",  fs::isa::Level::avx2, fs::isa::kLevelAvx2, &bitmap, &bitmap_bf16, &sell16, &sell8, &panels, &transpose,
-    &finish, &sample_block};
+const Kernels fs::sparse_matmul::kAvx2 = {"avx2",
+                                          fs::isa::Level::avx2,
+                                          fs::isa::kLevelAvx2,
+                                          &bitmap,
+                                          &bitmap_bf16,
+                                          &sell16,
+                                          &sell8,
+                                          &panels,
+                                          &transpose,
+                                          &finish,
+                                          &sample_block,
+                                          &block_slices,
+                                          &block_panel,
+                                          &nm_slices,
+                                          &nm_panel};

@@ -24,6 +24,10 @@ struct Four {
 
 #include "kernels.inl"
 #include "panels.inl"
+#include "slices_avx512.inl"
+// Behind these two:
+#include "blocks.inl"
+#include "nm.inl"
 
 #include "bitmap32_avx512.inl"
 #include "sell8_avx512.inl"
@@ -125,6 +129,24 @@ void panels(const PanelArgs& a) {
   }
 }
 
+void block_panel(const TileArgs& a) {
+  switch (a.lanes) {
+    case 8: return kAvx2.block_panel(a);
+    case 16: return block_panel_of<16>(a);
+    case 32: return block_panel_of<32>(a);
+    default: return block_panel_of<64>(a);
+  }
+}
+
+void nm_panel(const TileArgs& a) {
+  switch (a.lanes) {
+    case 8: return kAvx2.nm_panel(a);
+    case 16: return nm_panel_of<16>(a);
+    case 32: return nm_panel_of<32>(a);
+    default: return nm_panel_of<64>(a);
+  }
+}
+
 }  // namespace
 
 const Kernels fs::sparse_matmul::kAvx512 = {"avx512",
@@ -137,7 +159,11 @@ const Kernels fs::sparse_matmul::kAvx512 = {"avx512",
                                             &panels,
                                             &transpose_wide,
                                             &finish,
-                                            &sample_block};
+                                            &sample_block,
+                                            &block_slices,
+                                            &block_panel,
+                                            &nm_slices,
+                                            &nm_panel};
 
 const Kernels fs::sparse_matmul::kAvx512Vbmi2 = {"avx512vbmi2",
                                                  fs::isa::Level::avx512,
@@ -149,4 +175,8 @@ const Kernels fs::sparse_matmul::kAvx512Vbmi2 = {"avx512vbmi2",
                                                  &panels,
                                                  &transpose_wide,
                                                  &finish,
-                                                 &sample_block};
+                                                 &sample_block,
+                                                 &block_slices,
+                                                 &block_panel,
+                                                 &nm_slices,
+                                                 &nm_panel};

@@ -105,6 +105,86 @@ void linear_few(const Kernels& kernels, const LinearArgs& args) {
   if (f.scattered) finish_rows(kernels, args, 0, args.m, 0, w.n);
 }
 
+// Rows of x for blocks and nm packs: behind K come zeros to the end of the last block or run (each at most 64 wide),
+// and room for every index that a damaged blocks pack may hold, which a sound one never touches.
+struct PaddedX {
+  float* x;
+  int64_t stride;
+  explicit PaddedX(const LinearArgs& args) {
+    const int64_t k = args.weight.k, padded = ceil_div(k, 64) * 64;
+    stride = padded + 16;  // equal columns lie in different cache sets
+    const int64_t room = args.weight.format == kBlocks ? kMaxSellK + kWidestBlock : 0;
+    x = reinterpret_cast<float*>(scratch<1>(static_cast<size_t>(args.m * stride + room) * sizeof(float)));
+    for (int64_t r = 0; r < args.m; ++r) {
+      std::copy_n(args.x + r * args.x_stride, k, x + r * stride);
+      std::fill_n(x + r * stride + k, padded - k, 0.0f);
+    }
+  }
+};
+
+void linear_slices(const Kernels& kernels, const LinearArgs& args) {
+  const Pack& w = args.weight;
+  const bool blocks = w.format == kBlocks;
+  if (blocks) std::memset(args.y, 0, static_cast<size_t>(args.m * w.n) * sizeof(float));  // damaged rows leave gaps
+  const PaddedX x(args);
+  const int64_t passes = ceil_div(args.m, blocks ? kBlockRows : kNmRows), height = ceil_div(args.m, passes);
+  split(
+      ceil_div(w.n, kSlice), one_thread(args.m, blocks ? w.total * kSlice : w.total), [&](int64_t begin, int64_t end) {
+        for (int64_t row = 0; row < args.m; row += height)
+          (blocks ? kernels.block_slices : kernels.nm_slices)(
+              {w, x.x + row * x.stride, x.stride, std::min(height, args.m - row), begin, end, args.y + row * w.n, w.n});
+      });
+  finish_rows(kernels, args, 0, args.m, 0, w.n);  // a slice's outputs lie anywhere in their chunk
+}
+
+// A thread's scratch: x transposed, the sums of a chunk, and these transposed back.
+struct TileScratch {
+  float *x, *sums, *rows;
+  TileScratch(int64_t lanes, int64_t padded_k) {
+    const int64_t chunk = kChunk * lanes, panel = (padded_k + kTileK) * lanes;
+    x = reinterpret_cast<float*>(scratch(static_cast<size_t>(panel + 2 * chunk) * sizeof(float)));
+    sums = x + panel;
+    rows = sums + chunk;
+  }
+};
+
+// Chunks [begin, end) of outputs of a blocks or nm pack for rows [row_begin, row_end) of x.
+void linear_tiles_part(const Kernels& kernels, const LinearArgs& args, int64_t row_begin, int64_t row_end,
+                       int64_t begin, int64_t end) {
+  const Pack& w = args.weight;
+  const auto panel = w.format == kBlocks ? kernels.block_panel : kernels.nm_panel;
+  const int64_t padded_k = ceil_div(w.k, kTileK) * kTileK;
+  const TileScratch s(tile_lanes(row_end - row_begin), padded_k);
+  for (int64_t row = row_begin; row < row_end;) {
+    const int64_t lanes = tile_lanes(row_end - row), rows = std::min(lanes, row_end - row);
+    if (rows < lanes) std::memset(s.x, 0, static_cast<size_t>(padded_k * lanes) * sizeof(float));
+    kernels.transpose({args.x + row * args.x_stride, args.x_stride, rows, w.k, s.x, lanes});
+    std::memset(s.x + w.k * lanes, 0, static_cast<size_t>((padded_k - w.k) * lanes) * sizeof(float));
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      panel({w, s.x, lanes, chunk, s.sums});
+      const int64_t column = chunk * kChunk, columns = std::min(kChunk, w.n - column);
+      kernels.transpose({s.sums, lanes, columns, rows, s.rows, kChunk});
+      for (int64_t r = 0; r < rows; ++r)
+        kernels.finish({s.rows + r * kChunk, args.bias == nullptr ? nullptr : args.bias + column, args.activation,
+                        columns, args.y + (row + r) * w.n + column});
+    }
+    row += rows;
+  }
+}
+
+void linear_tiles(const Kernels& kernels, const LinearArgs& args) {
+  const Pack& w = args.weight;
+  const int64_t chunks = ceil_div(w.n, kChunk), panels = ceil_div(args.m, kTileRows);
+  const bool alone = one_thread(args.m, w.format == kBlocks ? w.total * kSlice : w.total);
+  if (panels >= num_threads() || chunks == 1) {
+    split(panels, alone, [&](int64_t begin, int64_t end) {
+      linear_tiles_part(kernels, args, begin * kTileRows, std::min(end * kTileRows, args.m), 0, chunks);
+    });
+  } else {
+    split(chunks, alone, [&](int64_t begin, int64_t end) { linear_tiles_part(kernels, args, 0, args.m, begin, end); });
+  }
+}
+
 // Rows [row, row + rows) of x, to be transposed into `count` panels of `lanes` rows that meet the weight in one pass.
 struct Panels {
   int64_t row, rows, lanes, count;
@@ -211,6 +291,8 @@ void linear(const Kernels& kernels, const LinearArgs& given) {
   LinearArgs args = given;
   if (args.weight.k == 0) args.weight.total = 0;  // whatever the pack says: there is no x to read
   if (args.weight.format == kPanels128) return linear_panels(kernels, args);
+  if (args.weight.format == kBlocks || args.weight.format == kNm)
+    return few_rows(args.weight, args.m) ? linear_slices(kernels, args) : linear_tiles(kernels, args);
   linear_few(kernels, args);
 }
 

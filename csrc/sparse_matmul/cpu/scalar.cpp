@@ -70,6 +70,10 @@ struct Four {
 #include "panels.inl"
 #include "sell16.inl"
 #include "sell8.inl"
+#include "slices_scalar.inl"
+// Behind these two:
+#include "blocks.inl"
+#include "nm.inl"
 
 namespace {
 
@@ -148,6 +152,24 @@ void panels(const PanelArgs& a) {
   }
 }
 
+void block_panel(const TileArgs& a) {
+  switch (a.lanes) {
+    case 8: return block_panel_of<8>(a);
+    case 16: return block_panel_of<16>(a);
+    case 32: return block_panel_of<32>(a);
+    default: return block_panel_of<64>(a);
+  }
+}
+
+void nm_panel(const TileArgs& a) {
+  switch (a.lanes) {
+    case 8: return nm_panel_of<8>(a);
+    case 16: return nm_panel_of<16>(a);
+    case 32: return nm_panel_of<32>(a);
+    default: return nm_panel_of<64>(a);
+  }
+}
+
 }  // namespace
 
 const Kernels fs::sparse_matmul::kScalar = {"scalar",
@@ -160,4 +182,8 @@ const Kernels fs::sparse_matmul::kScalar = {"scalar",
                                             &panels,
                                             &transpose,
                                             &finish,
-                                            &sample_block};
+                                            &sample_block,
+                                            &block_slices,
+                                            &block_panel,
+                                            &nm_slices,
+                                            &nm_panel};

@@ -36,7 +36,7 @@ struct Source {
 struct PackedFormat {
   int code;  // PackHeader.format
   const char* name;
-  uint32_t block;  // PackHeader.block
+  uint32_t block;  // PackHeader.block; layouts of one code differ in it
   int64_t largest_k;
 
   std::vector<uint8_t> (*pack)(const Source&);
@@ -47,7 +47,8 @@ struct PackedFormat {
   // Of a pack that view() took: empty if every index, count, offset, mask and gap is what pack() writes.
   std::string (*damage)(const PackHeader&, const Pack&, const uint8_t* bytes);
 
-  // Into a contiguous f32[n, k] of zeros, neither of them 0; the pack is not damaged.
+  // Into a contiguous f32[n, k] of zeros, neither of them 0; the pack is not damaged (or any that view() took, where
+  // damage() is differs_from_its_repack).
   void (*unpack)(const Pack&, float* weight);
 };
 
@@ -72,6 +73,9 @@ inline bool all_zero(const uint8_t* begin, const uint8_t* end) {
 
 // The first of `groups` + 1 offsets is 0, the last `total`, and they ascend; empty if so.
 std::string offsets_damage(const uint64_t* offset, int64_t groups, int64_t total);
+
+// A damage() for layouts with one way to pack a weight: unpacks and packs again, and so sees every byte.
+std::string differs_from_its_repack(const PackHeader& header, const Pack& pack, const uint8_t* bytes);
 
 // `total` values, all of them not zero, and zeros from there to the end of the pack; empty if so.
 std::string values_damage(const float* value, int64_t total, const uint8_t* end);

@@ -5,7 +5,9 @@
 
 #include "bitmap16.h"
 #include "bitmap32.h"
+#include "blocks.h"
 #include "blocks16.h"
+#include "nm.h"
 #include "nm24.h"
 #include "pair.h"
 #include "panels128.h"
@@ -15,7 +17,10 @@
 namespace fs::sparse_matmul::formats {
 namespace {
 
-constexpr const PackedFormat* kFormats[] = {&kBitmap32Format, &kSell16Format, &kPanels128Format, &kSell8Format};
+constexpr const PackedFormat* kFormats[] = {
+    &kBitmap32Format, &kSell16Format, &kPanels128Format, &kSell8Format, &kBlocks1x4, &kBlocks4x4,
+    &kBlocks8x8,      &kBlocks16x16,  &kBlocks16x1,      &kNm14,        &kNm24,      &kNm48,
+};
 
 template <class T>
 std::string text(T value) {
@@ -58,7 +63,8 @@ std::string header_error(const PackHeader& h, int64_t size, const PackedFormat**
   if (h.format == kPair) return "got a pair, which runs on the CPU only";
   if (h.format == blocks16::kFormat) return "got blocks16, which runs on CUDA only";
   if (bitmap16::is_bitmap16(h)) return "got a bitmap32 of float16, which runs on CUDA only";
-  const PackedFormat* f = *format = find(h.format);
+  const PackedFormat* f = *format = find(h.format, h.block);
+  if (f == nullptr) f = *format = find(h.format);
   if (f == nullptr) return "got format " + text(h.format) + ", expected " + known();
   if (h.version != kVersion)
     return std::string("got ") + f->name + " version " + text(h.version) + ", this build reads version 1";
@@ -74,9 +80,9 @@ std::string header_error(const PackHeader& h, int64_t size, const PackedFormat**
 
 }  // namespace
 
-const PackedFormat* find(int64_t code) {
+const PackedFormat* find(int64_t code, int64_t block) {
   for (const PackedFormat* format : kFormats)
-    if (format->code == code) return format;
+    if (format->code == code && (block == 0 || format->block == block)) return format;
   return nullptr;
 }
 
@@ -127,14 +133,14 @@ std::string validate(const uint8_t* bytes, int64_t size) {
   if (p.value16 != nullptr) return bitmap16::validate(bytes, size, &w);
   PackHeader h;
   std::memcpy(&h, bytes, sizeof h);
-  return h.format == kPair ? pair_damage(h, bytes, size) : find(h.format)->damage(h, p, bytes);
+  return h.format == kPair ? pair_damage(h, bytes, size) : find(h.format, h.block)->damage(h, p, bytes);
 }
 
 void unpack(const Pack& p, float* weight) {
   if (p.n == 0 || p.k == 0) return;  // an empty tensor has no memory
   std::memset(weight, 0, static_cast<size_t>(p.n * p.k) * sizeof(float));
   if (p.value16 != nullptr) return unpack_bf16(p, weight);
-  find(p.format)->unpack(p, weight);
+  find(p.format, p.block)->unpack(p, weight);
 }
 
 // --- what the layouts share ------------------------------------------------------------------------------------------
@@ -174,6 +180,15 @@ std::string offsets_damage(const uint64_t* offset, int64_t groups, int64_t total
     if (offset[g] > offset[g + 1] || offset[g + 1] > static_cast<uint64_t>(total))
       return damaged("offsets that do not ascend");
   return "";
+}
+
+std::string differs_from_its_repack(const PackHeader& header, const Pack& p, const uint8_t* bytes) {
+  const PackedFormat& format = *find(header.format, header.block);
+  std::vector<float> weight(static_cast<size_t>(p.n * p.k));
+  if (!weight.empty()) format.unpack(p, weight.data());
+  const std::vector<uint8_t> again = format.pack({weight.data(), p.k, 1, p.n, p.k});
+  if (std::equal(again.begin(), again.end(), bytes, bytes + header.bytes)) return "";
+  return damaged("values and places that do not fit each other or the header");
 }
 
 std::string values_damage(const float* value, int64_t total, const uint8_t* end) {

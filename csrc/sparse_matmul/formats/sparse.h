@@ -16,8 +16,9 @@ struct PackedFormat;
 inline constexpr uint16_t kVersion = 1;
 inline constexpr uint32_t kDTypeF32 = 2, kDTypeBf16 = 4;
 
-// The layout with this code, or null; and all of them as "2 (bitmap32), 3 (sell16) or ...", for messages.
-const PackedFormat* find(int64_t code);
+// The layout with this code and header block (0: the first with the code), or null; and all of them as "2 (bitmap32), 3
+// (sell16) or ...", for messages.
+const PackedFormat* find(int64_t code, int64_t block = 0);
 std::string known();
 
 // The pack of f32[n, k], element (n, k) at n * stride_n + k * stride_k, k at most what the layout allows.

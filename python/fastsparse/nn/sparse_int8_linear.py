@@ -130,7 +130,8 @@ class SparseInt8Linear(PackedLinear):
                 except ValueError as error:
                     problems.append(f"{wanted}: {error}")
                 else:
-                    if header["format"] not in FORMATS or (header["n"], header["k"]) != (n, k):
+                    int8 = header["dtype"] == "int8" and header["format"] in FORMATS
+                    if not int8 or (header["n"], header["k"]) != (n, k):
                         problems.append(f"{wanted}, got {header['format']} of [N={header['n']}, K={header['k']}]")
         for name in ("weight_scale", "bias"):
             value = state.get(prefix + name)

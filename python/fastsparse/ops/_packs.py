@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fastsparse.ops import int8_gemm, sparse_int8, sparse_matmul, sparse_training
-from fastsparse.ops._pack import Rows, read_header
+from fastsparse.ops._pack import SHAPED, Rows, read_header
 
 _SPARSE_INT8 = (*sparse_int8.FORMATS, "sparse")
 _INT8 = ("vnni16", "u4", *_SPARSE_INT8)
+_FLOAT32 = (*sparse_matmul.FORMATS, *SHAPED)
 
 
 def pack(
@@ -35,11 +36,15 @@ def pack(
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
             `sparse_int8_linear` "bitmap_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, formats/blocks_s8.h in
             csrc/sparse_matmul), or "sparse": that of the three which fits the zeros and `rows`. uint8: "u4".
-            float32: "bitmap32", "sell16", "sell8" or "panels128" (csrc/sparse_matmul/formats). float16, bfloat16:
-            "nm24", where at most 2 of every 4 consecutive k are not zero; "blocks16", squares of 32 or 64, whichever
-            suits, for many rows; "bitmap32" for few. "auto": vnni16, u4 (uint8), nm24, or what was measured to be the
-            fastest for the weight's size, density and `rows` (float32: measured on this machine, some milliseconds, and
-            remembered: docs/kernels/sparse_matmul.md, "auto"; FASTSPARSE_CACHE=off takes a rule of thumb).
+            float32: "bitmap32", "sell16", "sell8" or "panels128" (csrc/sparse_matmul/formats); for zeros in blocks of
+            outputs x k "blocks1x4", "blocks4x4", "blocks8x8", "blocks16x16" or "blocks16x1" (formats/blocks.h: any
+            weight can be packed so, whole blocks with something in them are stored); for at most N of every M
+            consecutive k not zero "nm1:4", "nm2:4" or "nm4:8" (formats/nm.h: other weights are refused). float16,
+            bfloat16: "nm24", where at most 2 of every 4 consecutive k are not zero; "blocks16", squares of 32 or 64,
+            whichever suits, for many rows; "bitmap32" for few. "auto": vnni16, u4 (uint8), nm24, or what was measured
+            to be the fastest for the weight's size, density and `rows` (float32: measured on this machine, some
+            milliseconds, and remembered: docs/kernels/sparse_matmul.md, "auto"; FASTSPARSE_CACHE=off takes a rule of
+            thumb).
         rows: rows of x to be expected; None: many. Every format serves any number, at its own speed. (few, many), for
             float32 and "auto": two formats may be kept in one pack, "pair", and each call takes the one for its rows.
         scale: u4: float16 [N, ceil(K / group_size)]. zero_point: u4 of uint8 codes: uint8 of the same shape.
@@ -56,7 +61,7 @@ def pack(
     sparse = weight.dtype == torch.float32
     half = weight.dtype in (torch.float16, torch.bfloat16)
     nibbles = weight.dtype == torch.uint8
-    floats = sparse_matmul.FORMATS if sparse else sparse_matmul.HALF_FORMATS
+    floats = _FLOAT32 if sparse else sparse_matmul.HALF_FORMATS
     known = ("auto", *(floats if sparse or half else ("u4",) if nibbles else _INT8))
     if format not in known:
         names = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
@@ -70,7 +75,7 @@ def pack(
             raise ValueError(f"pack: {name} is for the format 'u4' alone, got one for {format!r}")
     if half:
         return sparse_matmul.pack_half(weight, format)
-    if format in _SPARSE_INT8:
+    if format in _SPARSE_INT8 and not sparse:
         return sparse_int8.pack_sparse_int8(weight, format, rows[1] if isinstance(rows, tuple) else rows)
     return sparse_matmul.pack_float(weight, format, rows) if sparse else int8_gemm.pack_int8(weight)
 
@@ -116,10 +121,10 @@ def unpack(pack: Tensor, layout: torch.layout | str = torch.strided, values: Ten
     header = describe(pack)
     if header["format"] == "u4":
         return int8_gemm.unpack_u4(pack, header)
-    if header["format"] in sparse_int8.FORMATS:
-        return sparse_int8.unpack_sparse_int8(pack, header)
     if header["dtype"] != "int8":
         return sparse_matmul.unpack_float(pack, header)
+    if header["format"] in sparse_int8.FORMATS:
+        return sparse_int8.unpack_sparse_int8(pack, header)
     return int8_gemm.unpack_int8(pack, header)
 
 
@@ -153,8 +158,8 @@ def describe(pack: Tensor) -> dict[str, Any]:
         return header
     if header["format"] == "u4":
         return int8_gemm.describe_u4(pack, header)
-    if header["format"] in sparse_int8.FORMATS:
-        return sparse_int8.describe_sparse_int8(pack, header)
     if header["dtype"] != "int8":
         return sparse_matmul.describe_float(pack, header)
+    if header["format"] in sparse_int8.FORMATS:
+        return sparse_int8.describe_sparse_int8(pack, header)
     return int8_gemm.describe_int8(pack, header)

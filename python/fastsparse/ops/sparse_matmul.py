@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsparse.ops import _auto
 from fastsparse.ops._pack import FORMATS as NAMES
-from fastsparse.ops._pack import HEADER, PAIR, Rows, read_header
+from fastsparse.ops._pack import HEADER, PAIR, SHAPED, Rows, read_header
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 from fastsparse.ops.sparse_training import to_csr, values_linear
 
@@ -126,7 +126,11 @@ def pack_float(weight: Tensor, format: str, rows: Rows) -> Tensor:
 
 
 def _pack_as(weight: Tensor, format: str) -> Tensor:
-    return _sparse_pack(weight, FORMATS[format])
+    code, block = SHAPED.get(format) or (FORMATS[format], 0)
+    try:
+        return _sparse_pack(weight, code, block)
+    except ValueError as error:
+        raise ValueError(f"pack: {str(error).removeprefix('sparse_pack: ')}") from None
 
 
 def _pack_two(weight: Tensor, first: str, second: str, rows: int) -> Tensor:
@@ -206,7 +210,7 @@ torch.library.register_fake("fastsparse::sparse_linear_train")(_linear_shape)
 
 
 @torch.library.register_fake("fastsparse::sparse_pack")
-def _(weight: Tensor, format: int) -> Tensor:
+def _(weight: Tensor, format: int, block: int = 0) -> Tensor:
     size = torch.library.get_ctx().new_dynamic_size(min=HEADER.size)
     return weight.new_empty(size, dtype=torch.uint8)
 

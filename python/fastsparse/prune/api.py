@@ -48,7 +48,7 @@ def prune_(model: nn.Module, config: Magnitude) -> Report:
     Args:
         model: any module.
         config: `Magnitude(sparsity, ...)`. Exactly round(sparsity * weights) zeros come out, of weights of equal
-            magnitude those that come first.
+            magnitude those that come first; with a pattern of blocks, round(sparsity * blocks) blocks of zeros.
 
     Returns:
         A Report with a row per layer: layer, shape, weights, zeros, sparsity, why (if it was not pruned).
@@ -63,14 +63,13 @@ def prune_(model: nn.Module, config: Magnitude) -> Report:
     layers = list(_find_layers(model, config))
     wanted = [layer for layer in layers if layer.reason is None]
     magnitudes = [_magnitude(layer) for layer in wanted]
-    if config.scope == "global" and magnitudes:
-        flat = torch.cat([magnitude.flatten().cpu() for magnitude in magnitudes])
-        parts = _keep(flat, config.sparsity).split([magnitude.numel() for magnitude in magnitudes])
-        keep = [part.reshape(m.shape).to(m.device) for part, m in zip(parts, magnitudes, strict=True)]
+    if config.pattern is not None and ":" in config.pattern:
+        keep = [_keep_of_every(magnitude, *config.shape) for magnitude in magnitudes]
     else:
-        keep = [_keep(magnitude, config.sparsity) for magnitude in magnitudes]
+        keep = _keep_blocks(magnitudes, config)
     _install(wanted, keep)
-    return _report(f"pruned by magnitude, {config.scope}", layers)
+    how = config.scope if config.pattern is None else f"{config.scope}, {config.pattern}"
+    return _report(f"pruned by magnitude, {how}", layers)
 
 
 def finalize_(model: nn.Module) -> Report:
@@ -213,6 +212,57 @@ def _keep(magnitude: Tensor, sparsity: float) -> Tensor:
     equal = (flat == largest).nonzero().flatten()
     goes[equal[: count - int(goes.sum())]] = True
     return ~goes.reshape(magnitude.shape)
+
+
+def _keep_blocks(magnitudes: list[Tensor], config: Magnitude) -> list[Tensor]:
+    """bool for each: whole blocks of config.shape stay or go; single weights are blocks of 1 x 1."""
+    scores = [_block_score(magnitude, *config.shape) for magnitude in magnitudes]
+    if config.scope == "global" and scores:
+        flat = torch.cat([score.flatten().cpu() for score in scores])
+        parts = _keep(flat, config.sparsity).split([score.numel() for score in scores])
+        keep = [part.reshape(score.shape).to(score.device) for part, score in zip(parts, scores, strict=True)]
+    else:
+        keep = [_keep(score, config.sparsity) for score in scores]
+    if config.shape == (1, 1):
+        return keep
+    height, width = config.shape
+    whole = [part.repeat_interleave(height, 0).repeat_interleave(width, 1) for part in keep]
+    return [
+        part[: len(matrix), : matrix.shape[1]].reshape(magnitude.shape)
+        for part, magnitude in zip(whole, magnitudes, strict=True)
+        for matrix in (_matrix(magnitude),)
+    ]
+
+
+def _matrix(magnitude: Tensor) -> Tensor:
+    return magnitude.flatten(1) if magnitude.dim() > 1 else magnitude[:, None]
+
+
+def _block_score(magnitude: Tensor, height: int, width: int) -> Tensor:
+    """The mean magnitude of each block; below 0 where nothing in it lives."""
+    if (height, width) == (1, 1):
+        return magnitude
+    matrix = _matrix(magnitude)
+    n, k = matrix.shape
+    pad = 0, -k % width, 0, -n % height
+
+    def sums(t: Tensor) -> Tensor:
+        t = nn.functional.pad(t, pad)
+        return t.reshape(-(-n // height), height, -(-k // width), width).sum((1, 3))
+
+    size = sums(torch.ones_like(matrix))
+    lives = sums((matrix >= 0).to(matrix.dtype)) > 0
+    return torch.where(lives, sums(matrix.clamp_min(0)) / size, -1)
+
+
+def _keep_of_every(magnitude: Tensor, kept: int, of: int) -> Tensor:
+    """bool: the `kept` largest of every `of` consecutive inputs stay; of equal ones those that come last."""
+    matrix = _matrix(magnitude)
+    n, k = matrix.shape
+    groups = nn.functional.pad(matrix, (0, -k % of), value=-2.0).reshape(n, -(-k // of), of)
+    goes = groups.argsort(dim=-1, stable=True)[..., : of - kept]
+    keep = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, goes, False)
+    return keep.flatten(1)[:, :k].reshape(magnitude.shape)
 
 
 def _install(layers: list[_Layer], keep: list[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fastsparse.convert import Conversion
 from fastsparse.nn import SparseLinear
-from fastsparse.ops._pack import Rows
+from fastsparse.ops._pack import SHAPED, Rows
 
 
 def check_fraction(where: str, name: str, value: object) -> None:
@@ -30,6 +31,10 @@ class Magnitude:
     Attributes:
         sparsity: the part of the weights that becomes zero, in [0, 1].
         scope: "layer": so much of every layer; "global": so much of all layers together, wherever it falls.
+        pattern: None: single weights. "RxC", as in "4x4": whole blocks of R outputs x C inputs, those of the smallest
+            mean magnitude; `ops.pack` has formats for 1x4, 4x4, 8x8, 16x16 and 16x1. "N:M", as in "2:4": in every M
+            consecutive inputs the N largest stay; `sparsity` must be 1 - N/M and scope "layer". `ops.pack` has formats
+            for 1:4, 2:4 and 4:8. The inputs of a convolution are its weight.flatten(1).
         min_weights: layers with fewer weights stay as they are.
         skip: names of layers that stay as they are, as in `named_modules()`; `*` and `?` match as in file names.
     """
@@ -38,15 +43,45 @@ class Magnitude:
     scope: str = "layer"
     min_weights: int = 0
     skip: tuple[str, ...] = ()
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         check_fraction("Magnitude", "sparsity", self.sparsity)
+        self._check_pattern()
         if self.scope not in ("layer", "global"):
             raise ValueError(f"Magnitude: scope must be 'layer' or 'global', got {self.scope!r}")
         if self.min_weights < 0:
             raise ValueError(f"Magnitude: min_weights must be at least 0, got {self.min_weights}")
         if isinstance(self.skip, str):
             raise ValueError(f"Magnitude: skip must be a tuple of names, got the string {self.skip!r}")
+
+    def _check_pattern(self) -> None:
+        if self.pattern is None:
+            return
+        found = _PATTERN.fullmatch(self.pattern) if isinstance(self.pattern, str) else None
+        if found is None:
+            raise ValueError(
+                f"Magnitude: pattern must be None, 'RxC' or 'N:M', as '4x4' or '2:4', got {self.pattern!r}"
+            )
+        n, m = self.shape
+        if ":" not in self.pattern:
+            return
+        if n > m:
+            raise ValueError(f"Magnitude: pattern must keep at most M of M, got {self.pattern!r}")
+        if abs(self.sparsity - (1 - n / m)) > 1e-6:
+            raise ValueError(f"Magnitude: sparsity must be {1 - n / m:g} for {self.pattern!r}, got {self.sparsity!r}")
+        if self.scope != "layer":
+            raise ValueError(f"Magnitude: scope must be 'layer' for {self.pattern!r}, got {self.scope!r}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The two numbers of the pattern; (1, 1) for single weights."""
+        found = _PATTERN.fullmatch(self.pattern or "1x1")
+        assert found is not None
+        return int(found[1]), int(found[2])
+
+
+_PATTERN = re.compile(r"([1-9][0-9]{0,5})[x:]([1-9][0-9]{0,5})")
 
 
 @dataclass(frozen=True)
@@ -76,6 +111,11 @@ class Sparse(Conversion):
         zeros = _zeros(weight)
         if zeros < self.min_sparsity:
             return f"has {100 * zeros:.0f}% zeros, fewer than min_sparsity={self.min_sparsity:g}"
+        if self.format.startswith("nm"):
+            kept, of = divmod(SHAPED[self.format][1], 256)
+            groups = nn.functional.pad(weight != 0, (0, -weight.shape[1] % of)).reshape(len(weight), -1, of)
+            if int(groups.sum(-1).max()) > kept:
+                return f"its zeros are not {kept}:{of}, as {self.format} wants them"
         return None
 
     def kind(self, linear: nn.Linear) -> Hashable:
