@@ -32,6 +32,11 @@ struct Lanes {
     for (int i = 0; i < 16; ++i) l.v[i] = Simd::fma(w.v[i], x, s.v[i]);
     return l;
   }
+  static Lanes multiply_add(const Lanes& w, const Lanes& x, const Lanes& s) {
+    Lanes l;
+    for (int i = 0; i < 16; ++i) l.v[i] = Simd::fma(w.v[i], x.v[i], s.v[i]);
+    return l;
+  }
 };
 
 struct Quad {
