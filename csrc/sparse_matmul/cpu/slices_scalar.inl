@@ -2,7 +2,21 @@
 
 namespace {
 
-using Out16 = Lanes;
+struct Out16 {
+  float v[16];
+  static Out16 zero() { return {}; }
+  static Out16 load(const float* p) {
+    Out16 l;
+    memcpy(l.v, p, sizeof l.v);
+    return l;
+  }
+  void store(float* p) const { memcpy(p, v, sizeof v); }
+  static Out16 multiply_add(const Out16& w, const Out16& x, const Out16& s) {
+    Out16 l;
+    for (int i = 0; i < 16; ++i) l.v[i] = Simd::fma(w.v[i], x.v[i], s.v[i]);
+    return l;
+  }
+};
 
 // The x of the blocks of a step, R outputs x C k each; x + k[place] is where a block's begin. at<c>(): x of column c of
 // its block in each lane. R consecutive lanes have the same block.
