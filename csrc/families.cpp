@@ -55,4 +55,6 @@ void spoil_kernel(const std::string& family, const std::string& name) {
 
 void pin_sparse_int8(const std::string& name) { sparse_matmul::int8::pin(name); }
 
+void pin_sparse_matmul(const std::string& name) { sparse_matmul::pin(name); }
+
 }  // namespace fs

@@ -33,6 +33,7 @@ FASTSPARSE_API void spoil_kernel(const std::string& family, const std::string& n
 
 // Test hook: this row of sparse_int8 runs where it is usable, whatever comes before it; an empty name ends it.
 FASTSPARSE_API void pin_sparse_int8(const std::string& name);
+FASTSPARSE_API void pin_sparse_matmul(const std::string& name);  // the same of that family
 
 // Bench hook of int8_gemm: seconds per call of the kernel alone, float32, over `copies` weights in turn.
 FASTSPARSE_API double time_int8_linear(int64_t m, int64_t n, int64_t k, int64_t repeats, int64_t copies);

@@ -44,6 +44,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("scratch_allocations", &fs::scratch_allocations, "Scratch buffers allocated so far in this process.");
   m.def("spoil_kernel", &fs::spoil_kernel, py::arg("family"), py::arg("name"),
         "Test hook: makes one row of a table wrong by one; name '' mends it.");
+  m.def("pin_sparse_matmul", &fs::pin_sparse_matmul, py::arg("name"), "The same for the family sparse_matmul.");
   m.def("pin_sparse_int8", &fs::pin_sparse_int8, py::arg("name"),
         "Test hook: this row of sparse_int8 runs, whatever comes before it; name '' ends it.");
   m.def("time_int8_linear", &fs::time_int8_linear, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("repeats"),

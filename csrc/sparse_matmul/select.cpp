@@ -35,6 +35,8 @@ void spoil(const std::string& name) {
   kernels.spoil("sparse_matmul", name, [](Kernels& copy) { copy.finish = &wrong_finish; });
 }
 
+void pin(const std::string& name) { kernels.pin("sparse_matmul", name); }
+
 std::vector<KernelInfo> kernel_infos() {
   std::vector<KernelInfo> infos = kernels.infos([](const Kernels&) { return "4x32, 3x16, 32x8"; });
 #if defined(FASTSPARSE_WITH_CUDA)

@@ -21,6 +21,9 @@ std::vector<KernelInfo> kernel_infos();
 // Throws std::invalid_argument for a name that is not in the table. Not to be called while kernels run.
 void spoil(const std::string& name);
 
+// Test hook for the row avx512, which avx512vbmi2 hides (runtime/table.h).
+void pin(const std::string& name);
+
 // The rows of the next panel of x when so many are left: the widest that they fill, 8 for the last ones.
 inline int64_t panel_lanes(int64_t left) { return left > 16 ? 32 : left > 8 ? 16 : 8; }
 

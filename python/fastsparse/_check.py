@@ -370,6 +370,8 @@ def _running(extension: Any, row: dict[str, Any]) -> Iterator[None]:
     try:
         if row["family"] == "sparse_int8":  # two rows of one level
             extension.pin_sparse_int8(row["name"])
+        elif row["family"] == "sparse_matmul":
+            extension.pin_sparse_matmul(row["name"])
         selected = [k["name"] for k in extension.kernels() if k["family"] == row["family"] and k["selected"]]
         if row["name"] not in selected:
             raise RuntimeError(f"check: {row['family']} {row['name']} should run at its level, {selected} would")
@@ -377,6 +379,7 @@ def _running(extension: Any, row: dict[str, Any]) -> Iterator[None]:
     finally:
         if row["family"] == "sparse_int8":
             extension.pin_sparse_int8("")
+        extension.pin_sparse_matmul("")
         extension.set_isa("")
 
 
