@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fastsparse.ops._call import eager
 from fastsparse.ops._pack import read_header
 
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
 _int8_linear = torch.ops.fastsparse.int8_linear.default
-_int8_linear_now = _int8_linear._op
+_int8_linear_now = eager(_int8_linear)
 _int8_linear_train = torch.ops.fastsparse.int8_linear_train.default
 _int8_mm = torch.ops.fastsparse.int8_mm.default
 _int8_pack = torch.ops.fastsparse.int8_pack.default
 _int8_unpack = torch.ops.fastsparse.int8_unpack.default
 _weight_only_linear = torch.ops.fastsparse.weight_only_linear.default
+_weight_only_linear_now = eager(_weight_only_linear)
 _weight_only_linear_train = torch.ops.fastsparse.weight_only_linear_train.default
 _u4_pack = torch.ops.fastsparse.u4_pack.default
 _u4_unpack = torch.ops.fastsparse.u4_unpack.default
@@ -197,7 +199,8 @@ def weight_only_linear(
             raise ValueError("weight_only_linear: weight_scale must not require a gradient: there is none for it")
         if x.requires_grad or (bias is not None and bias.requires_grad):
             return _ACTIVATE[code](_weight_only_linear_train(x, weight, weight_scale, n, bias))
-    return _weight_only_linear(x, weight, weight_scale, n, bias, code)
+    call = _weight_only_linear if is_compiling() else _weight_only_linear_now
+    return call(x, weight, weight_scale, n, bias, code)
 
 
 def unpack_scales(pack: Tensor) -> tuple[Tensor, Tensor | None]:

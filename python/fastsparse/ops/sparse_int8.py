@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from fastsparse.ops._call import eager
 from fastsparse.ops._pack import HEADER
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 
@@ -21,6 +23,7 @@ BITMAP_ROWS = 4
 COST_1X4 = 1.6
 
 _sparse_int8_linear = torch.ops.fastsparse.sparse_int8_linear.default
+_sparse_int8_linear_now = eager(_sparse_int8_linear)
 _sparse_int8_linear_train = torch.ops.fastsparse.sparse_int8_linear_train.default
 _sparse_int8_pack = torch.ops.fastsparse.sparse_int8_pack.default
 _sparse_int8_unpack = torch.ops.fastsparse.sparse_int8_unpack.default
@@ -63,7 +66,8 @@ def sparse_int8_linear(
             raise ValueError("sparse_int8_linear: weight_scale must not require a gradient: there is none for it")
         if x.requires_grad or (bias is not None and bias.requires_grad):
             return _ACTIVATE[code](_sparse_int8_linear_train(x, weight, weight_scale, bias))
-    return _sparse_int8_linear(x, weight, weight_scale, bias, code)
+    call = _sparse_int8_linear if is_compiling() else _sparse_int8_linear_now
+    return call(x, weight, weight_scale, bias, code)
 
 
 def _blocks(weight: Tensor, rows: int) -> int:

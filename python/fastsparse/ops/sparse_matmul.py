@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastsparse.ops import _auto
+from fastsparse.ops._call import eager
 from fastsparse.ops._pack import FORMATS as NAMES
 from fastsparse.ops._pack import HEADER, PAIR, SHAPED, Rows, read_header
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
@@ -30,6 +32,7 @@ BITMAP_DENSITY = 0.4
 PAIR_WEIGHTS_PER_BYTE = 171  # kPairWeightsPerByte in csrc/sparse_matmul/formats/pair.h
 
 _sparse_linear = torch.ops.fastsparse.sparse_linear.default
+_sparse_linear_now = eager(_sparse_linear)
 _sparse_linear_train = torch.ops.fastsparse.sparse_linear_train.default
 _sparse_pack = torch.ops.fastsparse.sparse_pack.default
 _sparse_unpack = torch.ops.fastsparse.sparse_unpack.default
@@ -93,7 +96,7 @@ def sparse_linear(
             )
         if x.requires_grad or (bias is not None and bias.requires_grad):
             return _ACTIVATE[code](_sparse_linear_train(x, weight, n, bias))
-    return _sparse_linear(x, weight, n, bias, code)
+    return (_sparse_linear if is_compiling() else _sparse_linear_now)(x, weight, n, bias, code)
 
 
 def choose_format(density: float, k: int, rows: int | None) -> str:
