@@ -18,9 +18,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 import fastsparse
 from fastsparse import prune, quantize
-from fastsparse.nn import SparseLinear
+from fastsparse.nn import SparseInt8Linear, SparseLinear
 from fastsparse.nn.parametrizations import Mask
-from fastsparse.prune import Magnitude, Sparse, cubic, finalize_, prune_, to_sparse_
+from fastsparse.prune import Magnitude, Sparse, SparseInt8, cubic, finalize_, prune_, to_sparse_
 from fastsparse.select import Candidate
 
 X = torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
@@ -324,6 +324,37 @@ def test_half_precision_stays_dense() -> None:
     assert "its weight is torch.bfloat16, and the sparse kernels are float32" in report.rows[0]["why"]
 
 
+def test_to_sparse_int8_keeps_zeros_and_gives_the_bits_of_int8(tmp_path: Path) -> None:
+    model = mlp()
+    prune_(model, Magnitude(0.75, pattern="4x4", skip=("2",)))
+    finalize_(model)
+    gone = model[0].weight == 0
+    reference = copy.deepcopy(model)
+    quantize.quantize_(reference, quantize.Int8Dynamic(measure=False, skip=("2",)))
+    report = to_sparse_(model, SparseInt8(measure=False), rows=(1, 64))
+    assert [row["chosen"] for row in report.rows] == ["sparse int8", "dense"]
+    assert "has 0% zeros, fewer than min_sparsity=0.4" in report.rows[1]["why"]
+    layer = model[0]
+    assert isinstance(layer, SparseInt8Linear)
+    assert fastsparse.ops.describe(layer.weight)["format"] == "blocks4x4"
+    assert torch.equal(fastsparse.ops.unpack(layer.weight) == 0, gone)
+    wanted = reference(X)
+    assert torch.equal(model(X), wanted)
+    fastsparse.save(model, tmp_path / "m.safetensors")
+    assert torch.equal(fastsparse.load(tmp_path / "m.safetensors", mlp())(X), wanted)
+
+
+def test_sparse_int8_layers_alike_are_those_with_like_blocks() -> None:
+    scattered, blocks = mlp()[0], mlp()[0]
+    with torch.no_grad():
+        scattered.weight[::2] = 0
+        blocks.weight[:16] = 0
+    kind = SparseInt8().kind
+    assert kind(scattered) == (50, 0)
+    assert kind(blocks) == (50, 50)
+    assert "131071" in (SparseInt8().why_not(nn.Linear(131072, 1)) or "")
+
+
 # Errors
 
 
@@ -344,6 +375,8 @@ def test_other_arguments() -> None:
         cubic(2, 0.5)
     with pytest.raises(ValueError, match=r"Sparse: min_sparsity must be a number in \[0, 1\], got 3"):
         Sparse(min_sparsity=3)
+    with pytest.raises(ValueError, match=r"SparseInt8: min_sparsity must be a number in \[0, 1\], got -1"):
+        SparseInt8(min_sparsity=-1)
     with pytest.raises(ValueError, match=r"rows must be an int of at least 1, or two, \(few, many\), .* got 0"):
         to_sparse_(mlp(), rows=0)
     with pytest.raises(ValueError, match=r"rows must be an int .* in the place of data, got 1 beside data"):
@@ -356,7 +389,7 @@ def test_other_arguments() -> None:
             call()
     with pytest.raises(TypeError, match="prune_: config must be a Magnitude, got float"):
         prune_(mlp(), 0.5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="to_sparse_: config must be a Sparse, got Magnitude"):
+    with pytest.raises(TypeError, match="to_sparse_: config must be a Sparse or a SparseInt8, got Magnitude"):
         to_sparse_(mlp(), Magnitude(0.5))  # type: ignore[arg-type]
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from fastsparse import _sharing, select
 from fastsparse.convert import convert_
 from fastsparse.nn.parametrizations import WEIGHT, Mask, bake, find, holder, only_ours, remove, weight_list
-from fastsparse.prune.config import Magnitude, Sparse, check_fraction
+from fastsparse.prune.config import Magnitude, Sparse, SparseInt8, check_fraction
 from fastsparse.report import Report
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -95,20 +95,21 @@ def finalize_(model: nn.Module) -> Report:
 
 def to_sparse_(
     model: nn.Module,
-    config: Sparse | None = None,
+    config: Sparse | SparseInt8 | None = None,
     data: Any = None,
     *,
     rows: int | tuple[int, int] | None = None,
     measure: select.Measure | None = None,
 ) -> Report:
-    """Converts `nn.Linear` layers with many zeros to `nn.SparseLinear`, in place, where that was measured to be faster.
+    """Converts `nn.Linear` layers with many zeros to `nn.SparseLinear` (or `nn.SparseInt8Linear`), in place, where that
+    was measured to be faster.
 
     This is `convert.convert_` with one conversion; what is measured, what stays dense and why is said there. Layers
     with masks stay dense until `finalize_`.
 
     Args:
         model: any module.
-        config: `Sparse(...)`; the default is `Sparse()`.
+        config: `Sparse(...)` or `SparseInt8(...)`; the default is `Sparse()`.
         data: a batch of the model's inputs, as for `quantize_`: the choice holds for its size.
         rows: in the place of data, the rows of x that each layer is timed with, or two numbers of them, (few, many);
             with neither, 1.
@@ -123,8 +124,8 @@ def to_sparse_(
         RuntimeError: the converted model can't run on `data`.
     """
     config = Sparse() if config is None else config
-    if not isinstance(config, Sparse):
-        raise TypeError(f"to_sparse_: config must be a Sparse, got {type(config).__name__}")
+    if not isinstance(config, (Sparse, SparseInt8)):
+        raise TypeError(f"to_sparse_: config must be a Sparse or a SparseInt8, got {type(config).__name__}")
     if data is None and rows is None:
         rows = 1
     return convert_(model, [config], data, rows=rows, measure=measure, where="to_sparse_")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsparse.convert import Conversion
-from fastsparse.nn import SparseLinear
+from fastsparse.nn import SparseInt8Linear, SparseLinear
+from fastsparse.nn.int8_linear import MAX_K
 from fastsparse.ops._pack import SHAPED, Rows
 
 
@@ -123,3 +124,41 @@ class Sparse(Conversion):
 
     def build(self, linear: nn.Linear, rows: Rows) -> nn.Module:
         return SparseLinear.from_linear(linear, self.format, rows)
+
+
+@dataclass(frozen=True)
+class SparseInt8(Conversion):
+    """W8A8 without the zeros of the weight (`nn.SparseInt8Linear`); made for zeros in blocks of 4x4 or 1x4.
+
+    Attributes:
+        format: as for `nn.SparseInt8Linear.from_linear`; "auto" chooses for the zeros and for the rows that the layer
+            sees (where they vary, for the most).
+        min_sparsity: layers with a smaller part of zeros are not considered, in [0, 1].
+        margin, min_weights, skip, measure: see `convert.Conversion`.
+    """
+
+    format: str = "auto"
+    min_sparsity: float = 0.4
+
+    name: ClassVar[str] = "sparse int8"
+    title: ClassVar[str] = "sparse int8, dynamic per token"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("SparseInt8", "min_sparsity", self.min_sparsity)
+
+    def why_not(self, linear: nn.Linear) -> str | None:
+        if linear.in_features > MAX_K:
+            return f"K={linear.in_features} is more than the {MAX_K} that are exact in int32"
+        zeros = _zeros(linear.weight)
+        if zeros < self.min_sparsity:
+            return f"has {100 * zeros:.0f}% zeros, fewer than min_sparsity={self.min_sparsity:g}"
+        return None
+
+    def kind(self, linear: nn.Linear) -> Hashable:
+        blocks = nn.functional.pad(linear.weight != 0, (0, -linear.in_features % 4, 0, -linear.out_features % 4))
+        live = blocks.unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).any(3).any(1)
+        return round(100 * _zeros(linear.weight)), round(100 * _zeros(live))  # per cent, of weights and of 4x4 blocks
+
+    def build(self, linear: nn.Linear, rows: Rows) -> nn.Module:
+        return SparseInt8Linear.from_linear(linear, self.format, rows[1] if isinstance(rows, tuple) else rows)
