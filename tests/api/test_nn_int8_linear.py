@@ -438,7 +438,7 @@ def damaged(pack, at, value):
     ("name", "damage", "message"),
     [
         ("weight", lambda t: damaged(t, 0, 0), r"be a pack of \[N=37, K=101\]: .*must begin with b'fspk'"),
-        ("weight", lambda t: damaged(t, 4, 9), r"format 9"),
+        ("weight", lambda t: damaged(t, 4, 99), r"format 99"),
         ("weight", lambda t: damaged(t, 6, 2), r"version 2"),
         ("weight", lambda t: t[:-64], r"must have \d+ bytes"),
         ("weight", lambda t: t[:10], r"at least its header"),

@@ -1411,7 +1411,11 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
         "int8_pack: K must be at most 131071",
         "got weight[1, 131072]",
     ),
-    "pack format": (lambda: ops.pack(W, "bitmap"), "pack: format must be 'auto', 'vnni16' or 'u4'", "got 'bitmap'"),
+    "pack format": (
+        lambda: ops.pack(W, "bitmap"),
+        "pack: format must be 'auto', 'vnni16', 'u4', 'bitmap_s8'",
+        "got 'bitmap'",
+    ),
     "pack rows": (lambda: ops.pack(W, rows=-1), "pack: rows must be None or at least 0", "got -1"),
     # unpack, the op: N and K come from the caller
     "unpack int8": (unpack(PACK.char()), "int8_unpack: pack must be uint8", "got int8"),
@@ -1427,7 +1431,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
     "describe matrix": (describe(PACK[None]), "describe: pack must be a uint8 vector", "got torch.uint8 [1, "),
     "describe short": (describe(PACK[:63]), "describe: pack must have at least its header of 64 bytes", "got 63"),
     "describe magic": (describe(edited(PACK, magic=b"GGUF")), "describe: pack must begin with b'fspk'", "got b'GGUF'"),
-    "describe format": (describe(edited(PACK, format=9)), "describe: pack has format 9", "this build reads"),
+    "describe format": (describe(edited(PACK, format=99)), "describe: pack has format 99", "this build reads"),
     "describe version": (
         describe(edited(PACK, version=3)),
         "describe: pack has vnni16 version 3",
