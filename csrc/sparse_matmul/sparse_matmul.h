@@ -39,7 +39,7 @@ inline constexpr int64_t kSell8Base = 16;                              // they b
 inline constexpr int64_t kSell8Steps = 4;                              // steps of a group
 inline constexpr int64_t kSell8IndexBytes = kSell8Steps * kSell8Rows;  // of a group; its values follow
 inline constexpr int64_t kSell8GroupBytes = kSell8IndexBytes + kSell8Steps * kSell8Rows * 4;
-inline constexpr int64_t kChunk = 256;       // outputs of the widest panels128 chunk
+inline constexpr int64_t kChunk = 256;       // outputs of the widest chunk of a panels128, blocks or nm pack
 inline constexpr int64_t kGroup = 8;         // outputs of a panels128 group, which are stored step by step
 inline constexpr int64_t kBlockK = 192;      // k of a panels128 block
 inline constexpr int64_t kIndexReach = 256;  // what the indices of a damaged block can say
@@ -54,12 +54,14 @@ inline constexpr int64_t kSlack = 512;       // floats behind the values that ma
 // The codes of the layouts, in the header of a pack (formats/<layout>.h).
 enum Format : int { kBitmap32 = 2, kSell16 = 3, kPanels128 = 4, kSell8 = 8, kBlocks = 9, kNm = 10 };
 
-// Outputs of each chunk of a panels128 pack (the last one has what is left): at most kChunk, and such that two threads
-// get equal shares.
-inline int64_t panel_width(int64_t n) {
+// Outputs of each chunk of a pack (the last one has what is left): at most kChunk, a multiple of `unit`, and such that
+// two threads get equal shares. static: code of an ISA level's object must not be linked into another's.
+static inline int64_t chunk_width(int64_t n, int64_t unit) {
   const int64_t chunks = 2 * ((n + 2 * kChunk - 1) / (2 * kChunk));
-  return n == 0 ? kGroup : ((n + chunks - 1) / chunks + kGroup - 1) / kGroup * kGroup;
+  return n == 0 ? unit : ((n + chunks - 1) / chunks + unit - 1) / unit * unit;
 }
+static inline int64_t panel_width(int64_t n) { return chunk_width(n, kGroup); }  // panels128
+static inline int64_t tile_width(int64_t n) { return chunk_width(n, kSlice); }   // blocks; nm, whose packs have none
 
 // A pack, taken apart by formats::view. Only the pointers of its format are set.
 struct Pack {
@@ -110,7 +112,8 @@ struct PanelArgs {
   float* sums;
 };
 
-// One chunk of kChunk outputs of a blocks or nm pack for one panel of x: sums f32[kChunk][lanes].
+// One chunk of outputs of a blocks or nm pack for one panel of x: sums f32[kChunk][lanes], of which the first
+// tile_width(N) outputs become x W^T.
 struct TileArgs {
   Pack pack;
   const float* panel;  // [K rounded up to kTileK][lanes], x transposed; rows and k beyond x are zero. Another kTileK

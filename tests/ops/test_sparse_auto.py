@@ -25,13 +25,25 @@ from fastsparse.prune import Sparse, to_sparse_
 from tests.support import forced, guarded, isa_levels, same_bits, threads
 
 HEADER = struct.Struct("<4sHHIIqqqQ16s")
-SELL = next(name for name in sparse_matmul.FORMATS if name.startswith("sell"))
+SELL = sparse_matmul.choose_format(0.1, 100, 1)  # what the rule takes here, "sell8" or "sell16"
 ALL = _auto.CANDIDATES
-TWO = [(SELL, "panels128"), ("bitmap32", "panels128"), ("panels128", SELL)]
+TWO = [(SELL, "panels128"), ("bitmap32", "panels128"), ("panels128", SELL), ("nm2:4", "panels128"),
+       ("blocks16x16", "blocks4x4")]  # fmt: skip
 
 
 def sparse(n: int, k: int, zeros: float = 0.9) -> Tensor:
     return torch.randn(n, k) * (torch.rand(n, k) >= zeros)
+
+
+def patterned(n: int, k: int, pattern: str) -> Tensor:
+    """A weight of which 3 of 4 blocks "RxC" are zero, or with "N:M": N of every M consecutive k are not."""
+    w = torch.rand(n, k) + 0.5
+    if ":" in pattern:
+        most, of = map(int, pattern.split(":"))
+        return w * (torch.rand(n, -(-k // of), of).argsort(-1).flatten(1)[:, :k] < most)
+    height, width = map(int, pattern.split("x"))
+    live = torch.rand(-(-n // height), -(-k // width)) >= 0.75
+    return w * live.repeat_interleave(height, 0).repeat_interleave(width, 1)[:n, :k]
 
 
 def pair(w: Tensor, first: str = SELL, second: str = "panels128", rows: int = 2) -> Tensor:
@@ -211,6 +223,52 @@ def test_every_candidate_is_a_format() -> None:
         assert any(rows <= c.most_rows and c.fits(torch.zeros(1, 70000), 1.0) for c in ALL)
 
 
+PATTERNS = [
+    ("4x4", {"blocks4x4"}),
+    ("16x16", {"blocks4x4", "blocks16x16"}),
+    ("1x4", set()),
+    ("2x4", set()),
+    ("1:4", {"nm1:4"}),
+    ("2:4", {"nm2:4"}),
+    ("4:8", {"nm4:8"}),
+    ("1:2", {"nm2:4"}),
+    ("5:8", set()),
+    ("1x1", set()),
+]
+
+
+@pytest.mark.parametrize(("pattern", "expected"), PATTERNS)
+def test_formats_of_a_pattern_are_candidates_where_the_zeros_have_it(
+    pattern: str, expected: set[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_auto, "CANDIDATES", ALL)
+    for n, k in ((1000, 600), (219, 301)):  # a sample is looked at, or all
+        w = patterned(n, k, pattern)
+        for weight in (w, w.t().contiguous().t()):
+            fitting = _auto.Weight(
+                weight, int(w.count_nonzero()) / w.numel(), sparse_matmul._pack_as, lambda _: ""
+            ).fitting
+            assert {c.format for c in fitting if c.format.startswith(("blocks", "nm"))} == expected, (n, k)
+    for format in sorted(expected):
+        clock(
+            monkeypatch, lambda named, rows, first=format: 1.0 if named == (first if rows < 9 else "panels128") else 2.0
+        )
+        monkeypatch.setattr(_auto, "_memory", {})
+        cache.unlink(missing_ok=True)
+        for rows, formats in ((5, format), ((1, 64), (format, "panels128"))):
+            header = ops.describe(ops.pack(w, rows=rows))
+            assert header.get("formats", header["format"]) == formats
+
+
+def test_one_group_beyond_the_sample_makes_no_nm() -> None:
+    w = patterned(3000, 512, "2:4")
+    fits = next(c for c in ALL if c.format == "nm2:4").fits
+    assert fits(w, 0.5)
+    outside = next(row for row in range(len(w)) if not (_auto._sample(w) == w[row]).all(1).any())
+    w[outside, 508:] = 1
+    assert not fits(w, 0.5)
+
+
 # --- Two formats in one pack ------------------------------------------------------------------------------------------
 
 
@@ -241,7 +299,7 @@ def test_a_pair_is_as_documented_and_back() -> None:
 
 @pytest.mark.parametrize(("first", "second"), TWO)
 def test_a_pair_gives_the_bits_of_any_format(first: str, second: str) -> None:
-    w, x, bias = sparse(270, 139), torch.randn(9, 139), torch.randn(270)
+    w, x, bias = patterned(270, 139, "2:4"), torch.randn(9, 139), torch.randn(270)
     packed, single = pair(w, first, second, 2), ops.pack(w, "panels128")
     for isa in isa_levels():
         with forced(isa, "sparse_matmul"):
@@ -344,7 +402,7 @@ def refused_or_harmless(pack: Tensor, k: int) -> None:
 def test_damaged_pairs_never_read_outside(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 100)))
     n, k = data.draw(st.sampled_from([(3, 5), (40, 140)]))
-    pack = pair(sparse(n, k, 0.7), *data.draw(st.sampled_from(TWO))).clone()
+    pack = pair(patterned(n, k, "1:4"), *data.draw(st.sampled_from(TWO))).clone()
     second = 64 + sum(int(b) << (8 * i) for i, b in enumerate(pack[112:120].tolist()))
     headers = st.integers(0, 191) | st.integers(second, second + 63)
     for _ in range(data.draw(st.integers(1, 6))):

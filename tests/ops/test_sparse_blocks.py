@@ -69,12 +69,12 @@ def test_bits_are_those_of_the_other_formats_and_nothing_is_read_outside(isa: st
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_threads_row_counts_and_strides_change_no_bit(format: str) -> None:
-    w, x, bias = sparse(600, 150, format), torch.randn(70, 150), torch.randn(600)
+    w, x, bias = sparse(600, 150, format), torch.randn(150, 150), torch.randn(600)
     pack = ops.pack(w, format)
     expected = ops.sparse_linear(x, ops.pack(w, "bitmap32"), bias)
     for count in (1, 2):
         with threads(count):
-            for rows in (1, 2, 3, 4, 5, 7, 8, 9, 12, 24, 25, 70):
+            for rows in (1, 2, 3, 4, 5, 7, 8, 9, 12, 24, 25, 70, 150):
                 assert same_bits(ops.sparse_linear(x[:rows], pack, bias), expected[:rows]), (count, rows)
                 apart = torch.cat([x[:rows], x[:rows]], 1)[:, :150]
                 assert same_bits(ops.sparse_linear(apart, pack, bias), expected[:rows]), (count, rows)
@@ -88,6 +88,8 @@ def by_the_book(w: np.ndarray, format: str) -> bytes:
     """formats/blocks.h and nm.h again, in Python."""
     n, k = w.shape
     slices = -(-n // 16)
+    parts = max(2 * -(-n // 512), 1)
+    chunk_width = max(-(-n // parts // 16) * 16, 16)
     body = b""
     if format in BLOCKS:
         height, width = BLOCKS[format]
@@ -95,8 +97,8 @@ def by_the_book(w: np.ndarray, format: str) -> bytes:
         full = np.zeros((16 * slices, -(-k // 128) * 128), np.float32)
         full[:n, :k] = np.where(w == 0, 0, w)
         offset, order, counts, index, value = [0], b"", b"", b"", b""
-        for chunk in range(0, 16 * slices, 256):
-            rows = [full[r : r + height] for r in range(chunk, min(chunk + 256, 16 * slices), height)]
+        for chunk in range(0, 16 * slices, chunk_width):
+            rows = [full[r : r + height] for r in range(chunk, min(chunk + chunk_width, 16 * slices), height)]
             found = [[c for c in range(0, k, width) if r[:, c : c + width].any()] for r in rows]
             places = sorted(range(len(rows)), key=lambda i: -len(found[i]))
             for s in range(0, len(places), side):

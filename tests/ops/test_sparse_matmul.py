@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from fastsparse import _C, ops, reference
+from fastsparse.ops.sparse_matmul import choose_format
 from tests.support import forced, guarded, isa_levels, same_bits, strided, threads
 
 FORMATS = ("bitmap32", "sell16", "panels128", "sell8")
@@ -320,19 +321,24 @@ def test_pack_from_csr(format: str) -> None:
     assert torch.equal(ops.pack(w.to_sparse_csr(), format), ops.pack(w, format))
 
 
-def test_auto_chooses_by_rows_and_density() -> None:
+@pytest.mark.parametrize("isa", isa_levels())
+def test_auto_chooses_by_rows_and_density(isa: str) -> None:
+    wide = isa in ("avx512", "amx")
     for zeros, rows, format in [
         (0.5, 1, "bitmap32"),
-        (0.95, 1, "sell16"),
-        (0.95, 2, "sell16"),
+        (0.95, 1, "sell8" if wide else "sell16"),
+        (0.95, 2, "sell8" if wide else "sell16"),
         (0.5, 4, "bitmap32"),
-        (0.95, 4, "panels128"),
+        (0.95, 4, "sell8" if wide else "panels128"),
         (0.5, 5, "panels128"),
+        (0.95, 5, "panels128"),
         (0.5, 64, "panels128"),
         (0.95, None, "panels128"),
     ]:
         w = torch.ones(64, 100) * (torch.rand(64, 100) >= zeros)
-        assert ops.describe(ops.pack(w, rows=rows))["format"] == format
+        with forced(isa, "sparse_matmul"):
+            assert ops.describe(ops.pack(w, rows=rows))["format"] == format
+            assert choose_format(0.1, 65537, rows) == ("bitmap32" if rows in (1, 2) else "panels128")
 
 
 def refused_or_harmless(pack: Tensor, n: int, k: int) -> None:

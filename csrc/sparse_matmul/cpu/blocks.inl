@@ -121,7 +121,8 @@ inline void end_slices(Slices<kR, kC, kRows, kSide>& s, int64_t done, const FewA
   for (; done < s.steps; ++done)
     add_step<kR, kC>(s.sums, s.first_k + done * (kSlice / kR), s.value + done * (kC * kSlice), a.x, a.x_stride);
   slice += kSide - 1;
-  write_rows<kR>(s.sums, a, a.pack.order + slice * (kSlice / kR), slice / (kChunk / kSlice) * kChunk);
+  const int64_t chunk = tile_width(a.pack.n);
+  write_rows<kR>(s.sums, a, a.pack.order + slice * (kSlice / kR), slice / (chunk / kSlice) * chunk);
 }
 
 template <int kR, int kC, int kRows, int kSide>
@@ -279,13 +280,14 @@ inline void end_tiles(Tiles<kR, kC, kLanes, kVecs, kOut, kSide>& t, int64_t step
 // A panel of kLanes rows in parts of kVecs vectors: tiles of kOut outputs, kSide of them side by side.
 template <int kR, int kC, int kLanes, int kVecs, int kOut, int kSide>
 void block_panel_lanes(const TileArgs& a) {
-  constexpr int64_t kGroups = kSlice / kR, kSlices = kChunk / kSlice;
+  constexpr int64_t kGroups = kSlice / kR;
   static_assert(kR % kOut == 0 && kGroups % kSide == 0 && kLanes % (kVecs * Simd::kWidth) == 0, "whole tiles");
   const Pack& p = a.pack;
   const int64_t blocks = (p.k + kTileK - 1) / kTileK, all = (p.n + kSlice - 1) / kSlice;
-  const int64_t begin = a.chunk * kSlices, end = begin + kSlices < all ? begin + kSlices : all;
+  const int64_t width = tile_width(p.n), slices = width / kSlice;
+  const int64_t begin = a.chunk * slices, end = begin + slices < all ? begin + slices : all;
   uint32_t done[kChunk / kR] = {};
-  memset(a.sums, 0, static_cast<size_t>(kChunk * kLanes) * sizeof(float));
+  memset(a.sums, 0, static_cast<size_t>(width * kLanes) * sizeof(float));
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t slice = begin; slice < end; ++slice) {
       const int64_t first = at_most(p.offset[slice], p.total), last = at_most(p.offset[slice + 1], p.total);

@@ -128,12 +128,17 @@ void linear_slices(const Kernels& kernels, const LinearArgs& args) {
   if (blocks) std::memset(args.y, 0, static_cast<size_t>(args.m * w.n) * sizeof(float));  // damaged rows leave gaps
   const PaddedX x(args);
   const int64_t passes = ceil_div(args.m, blocks ? kBlockRows : kNmRows), height = ceil_div(args.m, passes);
-  split(
-      ceil_div(w.n, kSlice), one_thread(args.m, blocks ? w.total * kSlice : w.total), [&](int64_t begin, int64_t end) {
-        for (int64_t row = 0; row < args.m; row += height)
-          (blocks ? kernels.block_slices : kernels.nm_slices)(
-              {w, x.x + row * x.stride, x.stride, std::min(height, args.m - row), begin, end, args.y + row * w.n, w.n});
-      });
+  const int64_t slices = ceil_div(w.n, kSlice);
+  const bool alone = one_thread(args.m, blocks ? w.total * kSlice : w.total);
+  const int64_t parts = alone ? 1 : std::min<int64_t>(std::max<int64_t>(num_threads(), 1), slices);
+  split(parts, alone, [&](int64_t first, int64_t last) {
+    // Slices of nm are all as long, those of blocks are sorted by length in their chunk.
+    const int64_t begin = blocks ? first_block(w, slices, first, parts) : first * slices / parts;
+    const int64_t end = blocks ? first_block(w, slices, last, parts) : last * slices / parts;
+    for (int64_t row = 0; row < args.m; row += height)
+      (blocks ? kernels.block_slices : kernels.nm_slices)(
+          {w, x.x + row * x.stride, x.stride, std::min(height, args.m - row), begin, end, args.y + row * w.n, w.n});
+  });
   finish_rows(kernels, args, 0, args.m, 0, w.n);  // a slice's outputs lie anywhere in their chunk
 }
 
@@ -153,7 +158,7 @@ void linear_tiles_part(const Kernels& kernels, const LinearArgs& args, int64_t r
                        int64_t begin, int64_t end) {
   const Pack& w = args.weight;
   const auto panel = w.format == kBlocks ? kernels.block_panel : kernels.nm_panel;
-  const int64_t padded_k = ceil_div(w.k, kTileK) * kTileK;
+  const int64_t padded_k = ceil_div(w.k, kTileK) * kTileK, width = tile_width(w.n);
   const TileScratch s(tile_lanes(row_end - row_begin), padded_k);
   for (int64_t row = row_begin; row < row_end;) {
     const int64_t lanes = tile_lanes(row_end - row), rows = std::min(lanes, row_end - row);
@@ -162,7 +167,7 @@ void linear_tiles_part(const Kernels& kernels, const LinearArgs& args, int64_t r
     std::memset(s.x + w.k * lanes, 0, static_cast<size_t>((padded_k - w.k) * lanes) * sizeof(float));
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       panel({w, s.x, lanes, chunk, s.sums});
-      const int64_t column = chunk * kChunk, columns = std::min(kChunk, w.n - column);
+      const int64_t column = chunk * width, columns = std::min(width, w.n - column);
       kernels.transpose({s.sums, lanes, columns, rows, s.rows, kChunk});
       for (int64_t r = 0; r < rows; ++r)
         kernels.finish({s.rows + r * kChunk, args.bias == nullptr ? nullptr : args.bias + column, args.activation,
@@ -174,11 +179,11 @@ void linear_tiles_part(const Kernels& kernels, const LinearArgs& args, int64_t r
 
 void linear_tiles(const Kernels& kernels, const LinearArgs& args) {
   const Pack& w = args.weight;
-  const int64_t chunks = ceil_div(w.n, kChunk), panels = ceil_div(args.m, kTileRows);
+  const int64_t chunks = ceil_div(w.n, tile_width(w.n)), panels = ceil_div(args.m, kTileRows);
   const bool alone = one_thread(args.m, w.format == kBlocks ? w.total * kSlice : w.total);
   if (panels >= num_threads() || chunks == 1) {
-    split(panels, alone, [&](int64_t begin, int64_t end) {
-      linear_tiles_part(kernels, args, begin * kTileRows, std::min(end * kTileRows, args.m), 0, chunks);
+    split(ceil_div(args.m, kRowsShare), alone, [&](int64_t begin, int64_t end) {
+      linear_tiles_part(kernels, args, begin * kRowsShare, std::min(end * kRowsShare, args.m), 0, chunks);
     });
   } else {
     split(chunks, alone, [&](int64_t begin, int64_t end) { linear_tiles_part(kernels, args, 0, args.m, begin, end); });

@@ -191,11 +191,11 @@ template <int kN, int kM, int kLanes, int kVecs, int kSide>
 void nm_panel_lanes(const TileArgs& a) {
   using S = NmShape<kN, kM>;
   static_assert(kTileK % S::kWidth == 0 && kSlice % kSide == 0 && kLanes % (kVecs * Simd::kWidth) == 0, "whole tiles");
-  constexpr int64_t kSlices = kChunk / kSlice;
   const Pack& p = a.pack;
   const int64_t words = (p.k + S::kWidth - 1) / S::kWidth, all = (p.n + kSlice - 1) / kSlice;
-  const int64_t begin = a.chunk * kSlices, end = begin + kSlices < all ? begin + kSlices : all;
-  memset(a.sums, 0, static_cast<size_t>(kChunk * kLanes) * sizeof(float));
+  const int64_t width = tile_width(p.n), slices = width / kSlice;
+  const int64_t begin = a.chunk * slices, end = begin + slices < all ? begin + slices : all;
+  memset(a.sums, 0, static_cast<size_t>(width * kLanes) * sizeof(float));
   for (int64_t first = 0; first < words; first += kTileK / S::kWidth) {
     const int64_t last = first + kTileK / S::kWidth < words ? first + kTileK / S::kWidth : words;
     for (int64_t slice = begin; slice < end; ++slice) {

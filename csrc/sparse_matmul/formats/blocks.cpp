@@ -49,12 +49,13 @@ template <int64_t kR, int64_t kC>
 std::vector<uint8_t> pack(const Source& s) {
   constexpr int64_t kGroups = kOutputs / kR;
   const int64_t slices = ceil_div(s.n, kOutputs);
+  const auto chunk = static_cast<size_t>(tile_width(s.n) / kR);                     // rows of blocks
   std::vector<std::vector<uint16_t>> found(static_cast<size_t>(slices * kGroups));  // of each row of blocks
   for (size_t g = 0; g < found.size(); ++g) found[g] = find_blocks<kR, kC>(s, static_cast<int64_t>(g) * kR);
   std::vector<size_t> row;  // of each place
-  for (size_t first = 0; first < found.size(); first += kChunk / kR) {
+  for (size_t first = 0; first < found.size(); first += chunk) {
     std::vector<int64_t> count;
-    for (size_t g = first; g < std::min<size_t>(first + kChunk / kR, found.size()); ++g)
+    for (size_t g = first; g < std::min(first + chunk, found.size()); ++g)
       count.push_back(static_cast<int64_t>(found[g].size()));
     for (const uint32_t g : descending(count)) row.push_back(first + g);
   }
@@ -72,7 +73,7 @@ std::vector<uint8_t> pack(const Source& s) {
     offset[slice] = static_cast<uint64_t>(step);
     for (int64_t g = 0; g < kGroups; ++g) {
       const size_t r = row[static_cast<size_t>(slice * kGroups + g)];
-      order[slice * kGroups + g] = static_cast<uint8_t>(r % (kChunk / kR));
+      order[slice * kGroups + g] = static_cast<uint8_t>(r % chunk);
       int64_t at = step;
       for (const uint16_t k : found[r]) {
         ++count[(slice * l.blocks + k / kTileK) * kGroups + g];
@@ -115,11 +116,11 @@ std::string view(const PackHeader& h, const uint8_t* bytes, int64_t size, Pack* 
 template <int64_t kR, int64_t kC>
 void unpack(const Pack& p, float* weight) {
   constexpr int64_t kGroups = kOutputs / kR;
-  const int64_t blocks = ceil_div(p.k, kTileK);
+  const int64_t blocks = ceil_div(p.k, kTileK), chunk = tile_width(p.n);
   const auto limit = static_cast<uint64_t>(p.total);
   for (int64_t slice = 0; slice < ceil_div(p.n, kOutputs); ++slice)
     for (int64_t g = 0; g < kGroups; ++g) {
-      const int64_t row = slice / (kChunk / kOutputs) * kChunk + p.order[slice * kGroups + g] * kR;
+      const int64_t row = slice / (chunk / kOutputs) * chunk + p.order[slice * kGroups + g] * kR;
       uint64_t left = 0, step = std::min(p.offset[slice], limit);
       for (int64_t b = 0; b < blocks; ++b) left += p.count[(slice * blocks + b) * kGroups + g];
       left = std::min(left, limit - step);

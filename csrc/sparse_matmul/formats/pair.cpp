@@ -59,7 +59,7 @@ std::string pair_damage(const PackHeader& h, const uint8_t* bytes, int64_t size)
   if (error.empty()) error = validate(bytes + kPackHeaderBytes, second - kPackHeaderBytes);
   if (error.empty()) error = validate(bytes + second, size - second);
   if (!error.empty()) return error;
-  if (one.format == two.format) return damaged("a pair of one layout");
+  if (one.format == two.format && one.block == two.block) return damaged("a pair of one layout");
   const auto weights = static_cast<size_t>(h.n * h.k);
   std::vector<float> a(weights), b(weights);
   unpack(one, a.data());

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 FOLDER = "FASTSPARSE_CACHE"
 OFF = ("0", "off")
@@ -31,11 +32,14 @@ SCHEMA = 1
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)
 LEAST_WEIGHTS = 4096  # a smaller weight is all overhead, whatever its format
 SAMPLE_WEIGHTS = 1 << 19
+SAMPLE_OUTPUTS = 16  # chunks begin at a multiple of so many: no block is cut
 # In a model a layer finds its weights where the others left them. So copies go round, as much as no L2 holds; of a
 # sample as much as the whole would be, up to what no common L3 holds.
 SET_BYTES, LARGEST_SET = 8 << 20, 64 << 20
 ROUNDS, ROUND_SECONDS = 3, 1e-3
 HOPELESS = 1.5  # what is this much slower than the fastest is not timed again
+# Stored weights for each that is not zero, at most: of blocks, and of nm, which costs the same whatever is stored.
+BLOCKS_STORE, NM_STORES = 1.15, 1.5
 
 Seconds = dict[str, float]
 
@@ -49,6 +53,10 @@ class Weight:
     pack: Callable[[Tensor, str], Tensor]  # (weight, format): the pack
     rule: Callable[[int | None], str]  # the format for these rows where nothing can be measured
 
+    @functools.cached_property
+    def fitting(self) -> list[Candidate]:
+        return [c for c in CANDIDATES if c.fits(self.dense, self.density)]
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -59,21 +67,61 @@ class Candidate:
     fits: Callable[[Tensor, float], bool] = lambda weight, density: True
 
 
+def _in_blocks(height: int, width: int) -> Callable[[Tensor, float], bool]:
+    """Zeros come in blocks of outputs x k, as far as a sample says."""
+
+    def fits(weight: Tensor, density: float) -> bool:
+        if weight.shape[1] > 65536 or density == 0:
+            return False
+        live = _sample(weight) != 0
+        nonzeros, (n, k) = int(live.count_nonzero()), live.shape
+        live = functional.pad(live, (0, -k % width, 0, -n % height))
+        blocks = live.reshape(live.shape[0] // height, height, -1, width).any(1).any(-1)
+        return int(blocks.count_nonzero()) * height * width <= BLOCKS_STORE * nonzeros
+
+    return fits
+
+
+def _n_of(most: int, of: int) -> Callable[[Tensor, float], bool]:
+    """At most so many of every so many consecutive k are not zero, anywhere."""
+
+    def holds(weight: Tensor) -> bool:
+        live = functional.pad((weight != 0).byte(), (0, -weight.shape[1] % of))
+        count = live[:, ::of].clone()
+        for i in range(1, of):
+            count += live[:, i::of]
+        return not bool((count > most).any())
+
+    def fits(weight: Tensor, density: float) -> bool:
+        return most / of <= NM_STORES * density and holds(_sample(weight)) and holds(weight)
+
+    return fits
+
+
+_two_of_four, _four_of_eight = _n_of(2, 4), _n_of(4, 8)
+
 # A new format is a line here. What cannot win is left out, so that it costs no time.
 CANDIDATES = (
     Candidate("bitmap32", most_rows=16),
     Candidate("sell8", most_rows=16, fits=lambda weight, density: weight.shape[1] <= 65536 and density <= 0.6),
     Candidate("sell16", most_rows=16, fits=lambda weight, density: weight.shape[1] <= 65536 and density <= 0.6),
     Candidate("panels128"),
+    Candidate("blocks4x4", fits=_in_blocks(4, 4)),
+    Candidate("blocks16x16", fits=_in_blocks(16, 16)),
+    Candidate("nm1:4", fits=_n_of(1, 4)),
+    Candidate("nm2:4", fits=_two_of_four),
+    Candidate(
+        "nm4:8", fits=lambda weight, density: not _two_of_four(weight, density) and _four_of_eight(weight, density)
+    ),
 )
 
 
 def choose(weight: Weight, rows: int | None) -> str:
     """The format for so many rows of x."""
+    if not _measurable(weight.dense):
+        return weight.rule(rows)
     at = ROWS[_place(rows)]
-    dense, density = weight.dense, weight.density
-    candidates = [c for c in CANDIDATES if at <= c.most_rows and c.fits(dense, density)]
-    seconds = _seconds(weight, at, [c.format for c in candidates])
+    seconds = _seconds(weight, at, [c.format for c in weight.fitting if at <= c.most_rows])
     return weight.rule(rows) if seconds is None else min(seconds, key=lambda name: seconds[name])
 
 
@@ -95,11 +143,14 @@ def _place(rows: int | None) -> int:
     return next((i for i, measured in enumerate(ROWS) if rows is not None and rows <= measured), len(ROWS) - 1)
 
 
+def _measurable(dense: Tensor) -> bool:
+    plain = type(dense) is Tensor and dense.device.type == "cpu" and dense.layout == torch.strided
+    return plain and dense.numel() >= LEAST_WEIGHTS and not torch.compiler.is_compiling() and not off()
+
+
 def _seconds(weight: Weight, rows: int, formats: Sequence[str]) -> Seconds | None:
     """What a call takes by format: remembered, or measured and remembered; None where the rule decides."""
-    dense = weight.dense
-    plain = type(dense) is Tensor and dense.device.type == "cpu" and dense.layout == torch.strided
-    if not plain or dense.numel() < LEAST_WEIGHTS or not formats or torch.compiler.is_compiling() or off():
+    if not formats or not _measurable(weight.dense):
         return None
     if len(formats) == 1:
         return {formats[0]: 1.0}
@@ -156,8 +207,8 @@ def _sample(weight: Tensor) -> Tensor:
     chunks = max(1, SAMPLE_WEIGHTS // (256 * k))
     if weight.numel() <= SAMPLE_WEIGHTS or n <= 256 * chunks:
         return weight
-    starts = torch.linspace(0, n - 256, chunks, device="cpu").long().tolist()
-    return torch.cat([weight[start : start + 256] for start in starts])
+    starts = torch.linspace(0, (n - 256) // SAMPLE_OUTPUTS, chunks, device="cpu").long() * SAMPLE_OUTPUTS
+    return torch.cat([weight[start : start + 256] for start in starts.tolist()])
 
 
 # ---- remembering ----

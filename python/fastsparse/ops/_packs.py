@@ -42,7 +42,7 @@ def pack(
             consecutive k not zero "nm1:4", "nm2:4" or "nm4:8" (formats/nm.h: other weights are refused). float16,
             bfloat16: "nm24", where at most 2 of every 4 consecutive k are not zero; "blocks16", squares of 32 or 64,
             whichever suits, for many rows; "bitmap32" for few. "auto": vnni16, u4 (uint8), nm24, or what was measured
-            to be the fastest for the weight's size, density and `rows` (float32: measured on this machine, some
+            to be the fastest for the weight's size, zeros and `rows` (float32: measured on this machine, some
             milliseconds, and remembered: docs/kernels/sparse_matmul.md, "auto"; FASTSPARSE_CACHE=off takes a rule of
             thumb).
         rows: rows of x to be expected; None: many. Every format serves any number, at its own speed. (few, many), for

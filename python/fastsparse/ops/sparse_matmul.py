@@ -24,10 +24,10 @@ FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4, "sell8": 8}
 # Of float16 and bfloat16 weights, for CUDA; bitmap32 of bfloat16 runs on the CPU, too.
 HALF_FORMATS = {"nm24": 5, "blocks16": 14, "bitmap32": 2}
 MAX_SELL_K = 65536  # kMaxSellK in csrc/sparse_matmul/sparse_matmul.h
-# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which a few-rows format is the fastest, and the density from
-# which that is bitmap32.
-SELL_ROWS = 2
-BITMAP_ROWS = 4
+# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which a few-rows format is the fastest, below AVX-512 sell16,
+# and the density from which that is bitmap32.
+FEW_ROWS = 4
+SELL16_ROWS = 2
 BITMAP_DENSITY = 0.4
 PAIR_WEIGHTS_PER_BYTE = 171  # kPairWeightsPerByte in csrc/sparse_matmul/formats/pair.h
 
@@ -102,13 +102,25 @@ def sparse_linear(
 def choose_format(density: float, k: int, rows: int | None) -> str:
     """What "auto" means where nothing is measured (`_auto`): by the rows of x to be expected (None: many) and the part
     of the weights that is not zero."""
-    if rows is None or rows > BITMAP_ROWS:
+    if rows is None or rows > FEW_ROWS:
         return "panels128"
     if density >= BITMAP_DENSITY:
         return "bitmap32"
-    if rows > SELL_ROWS:
+    if k <= MAX_SELL_K and _avx512():
+        return "sell8"
+    if rows > SELL16_ROWS:
         return "panels128"
     return "sell16" if k <= MAX_SELL_K else "bitmap32"
+
+
+def _avx512() -> bool:
+    """The level in force has registers of 512 bits."""
+    from fastsparse import _C
+
+    try:
+        return _C.isa() in ("avx512", "amx")
+    except ValueError:  # FASTSPARSE_ISA names a level that is not here: the first call will say so
+        return False
 
 
 def pack_float(weight: Tensor, format: str, rows: Rows) -> Tensor:
