@@ -42,6 +42,9 @@ void check(const std::vector<const Kernels*>& rows) {
     for (int64_t i = 0; i < k; ++i) x.data()[r * stride + i] = normal();
   for (int64_t j = 0; j < n; ++j) bias.data()[j] = normal();
   for (float& w : weight) w = uniform(0, 99) < percent ? 0.0f : normal();
+  const int64_t kept = pick({1, 2, 4});  // of every 4: below 4, the nm formats take the weight, too
+  for (int64_t j = 0; j < n * k && kept < 4; ++j)
+    if ((j % k % 4 + j / k + j % k / 4) % 4 >= kept) weight[static_cast<size_t>(j)] = 0;
   // In half of the cases all weights are bfloat16, and a pack of that is among them.
   const bool bf16 = uniform(0, 1) != 0;
   std::vector<uint16_t> halves(weight.size());
@@ -52,9 +55,6 @@ void check(const std::vector<const Kernels*>& rows) {
     bits &= 0xffff0000;
     std::memcpy(&weight[i], &bits, 4);
   }
-  const int64_t kept = pick({1, 2, 4});  // of every 4: below 4, the nm formats take the weight, too
-  for (int64_t j = 0; j < n * k && kept < 4; ++j)
-    if ((j % k % 4 + j / k + j % k / 4) % 4 >= kept) weight[static_cast<size_t>(j)] = 0;
   const bool with_bias = uniform(0, 1) != 0;
   const auto activation = static_cast<fs::Activation>(uniform(0, 3));
 
