@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastsparse.ops import describe
 from fastsparse.ops.int8_gemm import ACTIVATIONS
 
 _Self = TypeVar("_Self", bound="PackedLinear")
@@ -113,6 +114,48 @@ def weight_to_pack(linear: Any, activation: Any, where: str, dtypes: tuple[torch
         wanted = " or ".join(filter(None, (", ".join(names[:-2]), names[-2])))
         raise ValueError(f"{where}: linear.weight must be {wanted}, got {names[-1]} (linear.float() converts it)")
     return weight
+
+
+def pack_problems(
+    state: dict[str, Any],
+    prefix: str,
+    wanted: str,
+    misfit: Callable[[dict[str, Any]], str | None],
+    length: int | None = None,
+) -> list[str]:
+    """What keeps `weight` in `state` from being `wanted` ("a pack of ..."): one line or none; it may be absent.
+
+    Args:
+        misfit: gets what `ops.describe` says, which validates the pack; gives "got ..." where that is not wanted.
+        length: of the pack in bytes, where all packs of the layer have the same.
+    """
+    weight = state.get(prefix + "weight")
+    if weight is None:
+        return []
+    wanted = f"{prefix}weight must be {wanted}"
+    if isinstance(weight, Tensor) and weight.is_meta:  # it has no header to read
+        fits = weight.dtype == torch.uint8 and weight.dim() == 1 and weight.numel() == (length or weight.numel())
+        return [] if fits else [f"{wanted}, got {what(weight)}"]
+    try:
+        header = describe(weight)
+    except ValueError as error:
+        return [f"{wanted}: {error}"]
+    got = misfit(header)
+    return [] if got is None else [f"{wanted}, {got}"]
+
+
+def vector_problems(layer: nn.Module, state: dict[str, Any], prefix: str, lengths: dict[str, int]) -> list[str]:
+    """The same of float32 vectors that the layer has, by name; a weight_scale must be finite."""
+    problems = []
+    for name, length in lengths.items():
+        value = state.get(prefix + name)
+        if value is None or getattr(layer, name) is None:
+            continue
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != (length,):
+            problems.append(f"{prefix}{name} must be float32 [{length}], got {what(value)}")
+        elif name == "weight_scale" and not value.is_meta and not bool(torch.isfinite(value).all()):
+            problems.append(f"{prefix}{name} must be finite, got a NaN or an infinity in it")
+    return problems
 
 
 def check_size(where: str, name: str, value: Any, largest: int, why: str) -> None:

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fastsparse import ops
-from fastsparse.nn._packed import PackedLinear, check_activation, check_size, weight_to_pack, what
+from fastsparse.nn._packed import (
+    PackedLinear,
+    check_activation,
+    check_size,
+    pack_problems,
+    vector_problems,
+    weight_to_pack,
+    what,
+)
 
 MAX_K = 131071  # kMaxK in csrc/int8_gemm/int8_gemm.h: beyond it a sum of int8 products may leave int32
 _MAX_K_AFFINE = 65793  # kMaxKAffine: with a zero point
@@ -211,32 +219,15 @@ class Int8Linear(PackedLinear):
 
     def state_problems(self, state: dict[str, Any], prefix: str = "") -> list[str]:
         """What keeps the tensors of `state` under `prefix` from being this layer's; absent ones are not its matter."""
-        problems = []
         n, k = self.out_features, self.in_features
-        weight = state.get(prefix + "weight")
-        if weight is not None:
-            wanted = f"{prefix}weight must be a pack of [N={n}, K={k}]"
-            if isinstance(weight, Tensor) and weight.is_meta:  # it has no header to read
-                if weight.dtype != torch.uint8 or weight.shape != self.weight.shape:
-                    problems.append(f"{wanted}, got {what(weight)}")
-            else:
-                try:
-                    header = ops.describe(weight)
-                except ValueError as error:
-                    problems.append(f"{wanted}: {error}")
-                else:
-                    if (header["n"], header["k"]) != (n, k):
-                        problems.append(f"{wanted}, got a pack of [N={header['n']}, K={header['k']}]")
-                    elif header["format"] != "vnni16":
-                        problems.append(f"{wanted}, of the format vnni16, got {header['format']}")
-        for name in ("weight_scale", "bias"):
-            value = state.get(prefix + name)
-            if value is None or (name == "bias" and self.bias is None):
-                continue
-            if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != (n,):
-                problems.append(f"{prefix}{name} must be float32 [{n}], got {what(value)}")
-            elif name == "weight_scale" and not value.is_meta and not bool(torch.isfinite(value).all()):
-                problems.append(f"{prefix}{name} must be finite, got a NaN or an infinity in it")
+
+        def misfit(header: dict[str, Any]) -> str | None:
+            if (header["n"], header["k"]) != (n, k):
+                return f"got a pack of [N={header['n']}, K={header['k']}]"
+            return None if header["format"] == "vnni16" else f"of the format vnni16, got {header['format']}"
+
+        problems = pack_problems(state, prefix, f"a pack of [N={n}, K={k}]", misfit, self.weight.numel())
+        problems += vector_problems(self, state, prefix, {"weight_scale": n, "bias": n})
         for name in self.cpu_buffers:
             value = state.get(prefix + name)
             if value is None or name not in self._buffers:

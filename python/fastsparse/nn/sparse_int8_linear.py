@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastsparse import ops
-from fastsparse.nn._packed import PackedLinear, check_activation, check_size, weight_to_pack, what
+from fastsparse.nn._packed import (
+    PackedLinear,
+    check_activation,
+    check_size,
+    pack_problems,
+    vector_problems,
+    weight_to_pack,
+)
 from fastsparse.nn.int8_linear import MAX_K, quantize_weight
 from fastsparse.ops.sparse_int8 import FORMATS
 
@@ -116,32 +123,15 @@ class SparseInt8Linear(PackedLinear):
 
         A pack is validated to its last byte here.
         """
-        problems = []
         n, k = self.out_features, self.in_features
-        weight = state.get(prefix + "weight")
-        if weight is not None:
-            wanted = f"{prefix}weight must be a sparse pack of int8 [N={n}, K={k}]"
-            if isinstance(weight, Tensor) and weight.is_meta:  # it has no header to read
-                if weight.dtype != torch.uint8 or weight.dim() != 1:
-                    problems.append(f"{wanted}, got {what(weight)}")
-            else:
-                try:
-                    header = ops.describe(weight)
-                except ValueError as error:
-                    problems.append(f"{wanted}: {error}")
-                else:
-                    int8 = header["dtype"] == "int8" and header["format"] in FORMATS
-                    if not int8 or (header["n"], header["k"]) != (n, k):
-                        problems.append(f"{wanted}, got {header['format']} of [N={header['n']}, K={header['k']}]")
-        for name in ("weight_scale", "bias"):
-            value = state.get(prefix + name)
-            if value is None or getattr(self, name) is None:
-                continue
-            if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != (n,):
-                problems.append(f"{prefix}{name} must be float32 [{n}], got {what(value)}")
-            elif name == "weight_scale" and not value.is_meta and not bool(torch.isfinite(value).all()):
-                problems.append(f"{prefix}{name} must be finite, got a NaN or an infinity in it")
-        return problems
+
+        def misfit(header: dict[str, Any]) -> str | None:
+            if header["dtype"] == "int8" and header["format"] in FORMATS and (header["n"], header["k"]) == (n, k):
+                return None
+            return f"got {header['format']} of [N={header['n']}, K={header['k']}]"
+
+        problems = pack_problems(state, prefix, f"a sparse pack of int8 [N={n}, K={k}]", misfit)
+        return problems + vector_problems(self, state, prefix, {"weight_scale": n, "bias": n})
 
     def make_room(self, weight: Tensor) -> None:
         """A pack is as long as its zeros let it be: the buffer takes the length of the one that is loaded."""

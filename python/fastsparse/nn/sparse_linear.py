@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastsparse import ops
-from fastsparse.nn._packed import PackedLinear, check_activation, check_size, weight_to_pack, what
+from fastsparse.nn._packed import (
+    PackedLinear,
+    check_activation,
+    check_size,
+    pack_problems,
+    vector_problems,
+    weight_to_pack,
+)
 from fastsparse.ops._pack import Rows
 
 _MAX_SIDE = 2**31 - 1
@@ -93,30 +100,17 @@ class SparseLinear(PackedLinear):
 
         A pack is validated to its last index here.
         """
-        problems = []
         n, k = self.out_features, self.in_features
-        weight = state.get(prefix + "weight")
-        if weight is not None:
-            wanted = f"{prefix}weight must be a pack of float32 [N={n}, K={k}]"
-            if isinstance(weight, Tensor) and weight.is_meta:  # it has no header to read
-                if weight.dtype != torch.uint8 or weight.dim() != 1:
-                    problems.append(f"{wanted}, got {what(weight)}")
-            else:
-                try:
-                    header = ops.describe(weight)
-                except ValueError as error:
-                    problems.append(f"{wanted}: {error}")
-                else:
-                    if header["format"] == "structure":
-                        problems.append(f"{wanted}, got a structure (nn.TrainableSparseLinear has one)")
-                    elif (header["n"], header["k"], header["dtype"]) != (n, k, "float32"):
-                        got = f"{header['dtype']} [N={header['n']}, K={header['k']}]"
-                        problems.append(f"{wanted}, got a pack of {got}")
-        bias = state.get(prefix + "bias")
-        absent = bias is None or self.bias is None
-        if not absent and (not isinstance(bias, Tensor) or bias.dtype != torch.float32 or bias.shape != (n,)):
-            problems.append(f"{prefix}bias must be float32 [{n}], got {what(bias)}")
-        return problems
+
+        def misfit(header: dict[str, Any]) -> str | None:
+            if header["format"] == "structure":
+                return "got a structure (nn.TrainableSparseLinear has one)"
+            if (header["n"], header["k"], header["dtype"]) == (n, k, "float32"):
+                return None
+            return f"got a pack of {header['dtype']} [N={header['n']}, K={header['k']}]"
+
+        problems = pack_problems(state, prefix, f"a pack of float32 [N={n}, K={k}]", misfit)
+        return problems + vector_problems(self, state, prefix, {"bias": n})
 
     def make_room(self, weight: Tensor) -> None:
         """A pack is as long as its zeros let it be: the buffer takes the length of the one that is loaded."""

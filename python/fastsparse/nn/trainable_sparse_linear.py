@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastsparse import ops
-from fastsparse.nn._packed import PackedLinear, check_activation, check_size, weight_to_pack, what
+from fastsparse.nn._packed import (
+    PackedLinear,
+    check_activation,
+    check_size,
+    pack_problems,
+    vector_problems,
+    weight_to_pack,
+)
 from fastsparse.nn.sparse_linear import _MAX_SIDE, SparseLinear
 from fastsparse.ops._pack import read_header
 
@@ -117,31 +124,22 @@ class TrainableSparseLinear(PackedLinear):
 
         A structure is validated to its last byte here.
         """
-        problems = []
-        n, k, nonzeros = self.out_features, self.in_features, self.values.numel()
+        n, k = self.out_features, self.in_features
+        nonzeros = self.values.numel()
+
+        def misfit(header: dict[str, Any]) -> str | None:
+            nonlocal nonzeros
+            nonzeros = header["nonzeros"]
+            if (header["format"], header["n"], header["k"]) == ("structure", n, k):
+                return None
+            return f"got {header['format']} [N={header['n']}, K={header['k']}]"
+
+        problems = pack_problems(state, prefix, f"a structure of [N={n}, K={k}]", misfit)
         weight = state.get(prefix + "weight")
-        if weight is not None:
-            wanted = f"{prefix}weight must be a structure of [N={n}, K={k}]"
-            if isinstance(weight, Tensor) and weight.is_meta:  # it has no header to read
-                if weight.dtype != torch.uint8 or weight.dim() != 1:
-                    problems.append(f"{wanted}, got {what(weight)}")
-            else:
-                try:
-                    header = ops.describe(weight)
-                except ValueError as error:
-                    problems.append(f"{wanted}: {error}")
-                else:
-                    nonzeros = header["nonzeros"]
-                    if (header["format"], header["n"], header["k"]) != ("structure", n, k):
-                        problems.append(f"{wanted}, got {header['format']} [N={header['n']}, K={header['k']}]")
-        meta = isinstance(weight, Tensor) and weight.is_meta
-        for name, length in (("values", nonzeros), ("bias", n)):
-            value = state.get(prefix + name)
-            if value is None or getattr(self, name) is None or (name == "values" and meta):
-                continue
-            if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != (length,):
-                problems.append(f"{prefix}{name} must be float32 [{length}], got {what(value)}")
-        return problems
+        known = not (isinstance(weight, Tensor) and weight.is_meta)  # how many values there are to be
+        return problems + vector_problems(
+            self, state, prefix, {"values": nonzeros, "bias": n} if known else {"bias": n}
+        )
 
     def make_room(self, weight: Tensor) -> None:
         """A structure and its values are as long as the zeros let them be."""

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastsparse import ops
-from fastsparse.nn._packed import PackedLinear, check_activation, check_size, weight_to_pack, what
+from fastsparse.nn._packed import (
+    PackedLinear,
+    check_activation,
+    check_size,
+    pack_problems,
+    vector_problems,
+    weight_to_pack,
+)
 from fastsparse.nn.int8_linear import MAX_K, quantize_weight
 from fastsparse.ops.int8_gemm import GROUP_SIZES, u4_bytes
 
@@ -146,32 +153,17 @@ class WeightOnlyLinear(PackedLinear):
 
         A u4 pack is validated to its last byte here.
         """
-        problems = []
         n, k = self.out_features, self.in_features
-        weight = state.get(prefix + "weight")
-        if weight is not None:
-            wanted = f"{prefix}weight must be a pack of {self._kind()} [N={n}, K={k}]"
-            if isinstance(weight, Tensor) and weight.is_meta:  # it has no header to read
-                if weight.dtype != torch.uint8 or weight.shape != self.weight.shape:
-                    problems.append(f"{wanted}, got {what(weight)}")
-            else:
-                try:
-                    header = ops.describe(weight)
-                except ValueError as error:
-                    problems.append(f"{wanted}: {error}")
-                else:
-                    got = _kind_of(header)
-                    if (got, header["n"], header["k"]) != (self._kind(), n, k):
-                        problems.append(f"{wanted}, got a pack of {got} [N={header['n']}, K={header['k']}]")
-        for name in ("weight_scale", "bias"):
-            value = state.get(prefix + name)
-            if value is None or getattr(self, name) is None:
-                continue
-            if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != (n,):
-                problems.append(f"{prefix}{name} must be float32 [{n}], got {what(value)}")
-            elif name == "weight_scale" and not value.is_meta and not bool(torch.isfinite(value).all()):
-                problems.append(f"{prefix}{name} must be finite, got a NaN or an infinity in it")
-        return problems
+
+        def misfit(header: dict[str, Any]) -> str | None:
+            got = _kind_of(header)
+            if (got, header["n"], header["k"]) == (self._kind(), n, k):
+                return None
+            return f"got a pack of {got} [N={header['n']}, K={header['k']}]"
+
+        wanted = f"a pack of {self._kind()} [N={n}, K={k}]"
+        problems = pack_problems(state, prefix, wanted, misfit, self.weight.numel())
+        return problems + vector_problems(self, state, prefix, {"weight_scale": n, "bias": n})
 
     def _kind(self) -> str:
         if self.bits == 8:
