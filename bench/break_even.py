@@ -138,8 +138,8 @@ def draw(cases: Mapping[str, Case], rows: Sequence[Row], title: str, path: Path)
         axis.set_xlabel("% zeros")
     handles = [lines.Line2D([], [], **style[name]) for name in style if name in used]
     figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), LEGEND), frameon=False)
-    figure.suptitle(title)
-    figure.tight_layout(rect=(0, 0.25 * (-(-len(handles) // LEGEND) + 0.5) / height, 1, 0.99))
+    figure.suptitle(title, y=1 - 0.2 / height)
+    figure.tight_layout(rect=(0, 0.25 * (-(-len(handles) // LEGEND) + 0.5) / height, 1, 1 - 0.45 / height))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True

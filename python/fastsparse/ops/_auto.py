@@ -100,11 +100,27 @@ def _n_of(most: int, of: int) -> Callable[[Tensor, float], bool]:
 
 _two_of_four, _four_of_eight = _n_of(2, 4), _n_of(4, 8)
 
+
+def avx512() -> bool:
+    """The level in force has registers of 512 bits."""
+    from fastsparse import _C
+
+    try:
+        return _C.isa() in ("avx512", "amx")
+    except ValueError:  # FASTSPARSE_ISA names a level that is not here: the first call will say so
+        return False
+
+
+def _sell(wide: bool) -> Callable[[Tensor, float], bool]:
+    """sell8 where registers have 512 bits, sell16 elsewhere: neither is ever the faster one on the other's ground."""
+    return lambda weight, density: weight.shape[1] <= 65536 and density <= 0.6 and avx512() == wide
+
+
 # A new format is a line here. What cannot win is left out, so that it costs no time.
 CANDIDATES = (
     Candidate("bitmap32", most_rows=16),
-    Candidate("sell8", most_rows=16, fits=lambda weight, density: weight.shape[1] <= 65536 and density <= 0.6),
-    Candidate("sell16", most_rows=16, fits=lambda weight, density: weight.shape[1] <= 65536 and density <= 0.6),
+    Candidate("sell8", most_rows=16, fits=_sell(wide=True)),
+    Candidate("sell16", most_rows=16, fits=_sell(wide=False)),
     Candidate("panels128"),
     Candidate("blocks4x4", fits=_in_blocks(4, 4)),
     Candidate("blocks16x16", fits=_in_blocks(16, 16)),

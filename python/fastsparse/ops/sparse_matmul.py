@@ -106,21 +106,11 @@ def choose_format(density: float, k: int, rows: int | None) -> str:
         return "panels128"
     if density >= BITMAP_DENSITY:
         return "bitmap32"
-    if k <= MAX_SELL_K and _avx512():
+    if k <= MAX_SELL_K and _auto.avx512():
         return "sell8"
     if rows > SELL16_ROWS:
         return "panels128"
     return "sell16" if k <= MAX_SELL_K else "bitmap32"
-
-
-def _avx512() -> bool:
-    """The level in force has registers of 512 bits."""
-    from fastsparse import _C
-
-    try:
-        return _C.isa() in ("avx512", "amx")
-    except ValueError:  # FASTSPARSE_ISA names a level that is not here: the first call will say so
-        return False
 
 
 def pack_float(weight: Tensor, format: str, rows: Rows) -> Tensor:
