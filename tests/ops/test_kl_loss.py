@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -263,6 +263,7 @@ def test_levels_and_threads_give_the_same_bits(dtype: torch.dtype) -> None:
     reduction=st.sampled_from(REDUCTIONS),
     seed=st.integers(0, 2**32 - 1),
 )
+@example("scalar", [2], 2, "expanded", 0.5, "none", 128)  # KL of 3e-6 with logits 5 apart
 def test_kl_div_on_whatever(
     isa: str, leading: list[int], classes: int, layout: str, temperature: float, reduction: str, seed: int
 ) -> None:
@@ -278,10 +279,11 @@ def test_kl_div_on_whatever(
         got, gradient = with_gradient(ops.kl_div, student, teacher, temperature, reduction)
         untouched = ops.kl_div(student, teacher, temperature, reduction)
     want, wanted = with_gradient(reference.kl_div, student.double(), teacher, temperature, reduction)
-    # KL is the mean of about d^2 / 2, d from t - s, which is rounded: an error of d counts sqrt(2 KL) times.
+    # A small KL is the mean of about d^2 / 2, d from t - s, which is rounded: an error of d counts sqrt(2 KL) times.
+    # Where that is more than 4e-6 of KL the kernel does no better: docs/kernels/kl_loss.md, a limit.
     rows = 1 if reduction == "none" else max(student[..., 0].numel(), 1)
     rounded = 1.2e-7 * float((teacher - student).abs().amax()) if student.numel() else 0.0
-    bound = 4e-6 * want.abs() + rounded * (2 * rows * want.abs()).sqrt() + 1e-12
+    bound = torch.maximum(4e-6 * want.abs(), rounded * (2 * rows * want.abs()).sqrt()) + 1e-12
     for y in (got, untouched):
         assert torch.equal(y.isnan(), want.isnan())
         assert bool(((y.double() - want).abs() <= bound).logical_or(want.isnan()).all()), (y, want)
