@@ -166,7 +166,7 @@ def measure(results: dict[str, Any], device: str, end: float) -> None:
 
 
 def measure_ceilings(device: str) -> dict[str, float]:
-    """What the device reaches by torch's own means: bytes copied a second, int8 and fp16 operations a second."""
+    """What the device reaches by torch's own means: bytes copied a second, operations a second of each type."""
     import torch
 
     side = 8192 if device != "cpu" else 256
@@ -174,10 +174,12 @@ def measure_ceilings(device: str) -> dict[str, float]:
     target = torch.empty_like(source)
     a8 = torch.ones(side, side, dtype=torch.int8, device=device)
     a16 = torch.ones(side, side, dtype=torch.float16, device=device)
+    a32 = torch.ones(side // 2, side // 2, device=device)
     return {
         "copy": 2 * source.nbytes / seconds([lambda: target.copy_(source)], device),
         "int8": 2 * side**3 / seconds([lambda: torch._int_mm(a8, a8.t())], device),
         "fp16": 2 * side**3 / seconds([lambda: a16 @ a16.t()], device),
+        "fp32": 2 * (side // 2) ** 3 / seconds([lambda: a32 @ a32.t()], device),
     }
 
 
@@ -387,34 +389,78 @@ def ops(device: str) -> Iterator[Op]:
 
     for zeros in (0.5, 0.9):
         weight = torch.randn(n, k) * (torch.rand(n, k) >= zeros)
-        sparse, full = fs.pack(weight, "bitmap32").to(device), weight.to(device)
+        packed = fs.pack(weight, "bitmap32")
+        sparse, full, header = packed.to(device), weight.to(device), fs.describe(packed)
         for m in (1, 16):
             yield Op(
                 "sparse_matmul",
                 f"sparse_linear bitmap32 {m}x{n}x{k} fp32, {zeros:.0%} zeros",
                 ("few_rows",),
                 sets(
-                    lambda m=m, p=sparse: (random(m, k), p.clone()), lambda x, p: fs.sparse_linear(x, p, None, None, n)
+                    lambda m=m, p=sparse: (random(m, k), p.clone()),
+                    lambda x, p, h=header: fs.sparse_linear(x, p, header=h),
                 ),
                 {"dense linear": sets(lambda m=m, w=full: (random(m, k), w.clone()), F.linear)},
                 sparse.nbytes,
                 "copy",
             )
 
+    # Training: forward, gradient to x, gradient to the values.
+    m, zeros = (64, 0.9) if small else (512, 0.9)
+    weight = torch.randn(n, k) * (torch.rand(n, k) >= zeros)
+    structure, values = (each.to(device) for each in fs.sparse_structure(weight))
+    full, csr = weight.to(device), weight.to_sparse_csr().to(device)
+    raw, work = torch.ops.fastsparse, 2.0 * m * values.numel()
+    shape = f"{m}x{n}x{k} fp32, {zeros:.0%} zeros"
+    x32, dy32 = (lambda: (random(m, k),)), (lambda: (random(m, n),))
+    both = lambda: (random(m, n), random(m, k))  # noqa: E731
+    of_w, of_w_t = ("row_ends", "value_columns"), ("count_columns", "column_ends", "fill_columns")
+    yield Op(
+        "sparse_matmul",
+        f"sparse_linear with values, forward, {shape}",
+        ("transpose", "spmm_rows", *of_w),
+        sets(x32, lambda x: raw.sparse_values_linear(x, structure, values, n, False)),
+        {
+            "dense linear": sets(x32, lambda x: F.linear(x, full)),
+            "torch.sparse.mm": sets(x32, lambda x: torch.sparse.mm(csr, x.t())),
+        },
+        work,
+        "fp32",
+    )
+    yield Op(
+        "sparse_matmul",
+        f"sparse_linear with values, gradient to x, {shape}",
+        ("transpose", "spmm_rows", *of_w_t),
+        sets(dy32, lambda dy: raw.sparse_values_linear(dy, structure, values, k, True)),
+        {"dense": sets(dy32, lambda dy: dy @ full)},
+        work,
+        "fp32",
+    )
+    yield Op(
+        "sparse_matmul",
+        f"sddmm {shape}",
+        ("transpose", "sddmm_values", *of_w),
+        sets(both, lambda dy, x: raw.sparse_sddmm(dy, x, structure, values.numel())),
+        {"dense": sets(both, lambda dy, x: dy.t() @ x)},
+        work,
+        "fp32",
+    )
+
     if small:  # no CPU kernel reads packs of 16-bit values
         return
     weight = torch.randn(n, k)
     for zeros in (0.5, 0.7):
         half = (weight * (torch.rand(n, k) >= zeros)).bfloat16()
-        packed, full = fs.pack(half, "bitmap32").to(device), half.to(device)
+        packed = fs.pack(half, "bitmap32")
+        there, full, header = packed.to(device), half.to(device), fs.describe(packed)
         for m in (1, 8, 16):
             yield Op(
                 "sparse_matmul",
                 f"sparse_linear bitmap32 {m}x{n}x{k} bf16, {zeros:.0%} zeros",
                 ("few_rows16",),
                 sets(
-                    lambda m=m, p=packed: (random(m, k, dtype=torch.bfloat16), p.clone()),
-                    lambda x, p: fs.sparse_linear(x, p, None, None, n),
+                    lambda m=m, p=there: (random(m, k, dtype=torch.bfloat16), p.clone()),
+                    lambda x, p, h=header: fs.sparse_linear(x, p, header=h),
                 ),
                 {"dense linear": sets(lambda m=m, w=full: (random(m, k, dtype=torch.bfloat16), w.clone()), F.linear)},
                 packed.nbytes,
@@ -429,12 +475,13 @@ def ops(device: str) -> Iterator[Op]:
         squares.append(("blocks16", f", {part:.0%} of the squares of {side}", kept))
     for format, what, kept in squares:
         half = (weight * kept).half()
-        packed, full = fs.pack(half, format).to(device), half.to(device)
+        packed = fs.pack(half, format)
+        there, full, header = packed.to(device), half.to(device), fs.describe(packed)
         yield Op(
             "sparse_matmul",
             f"sparse_linear {format} {m}x{n}x{k} fp16{what}",
             ("multiply_sparse",) if format == "nm24" else ("multiply_blocks",),
-            sets(x16, lambda x, p=packed: fs.sparse_linear(x, p, None, None, n)),
+            sets(x16, lambda x, p=there, h=header: fs.sparse_linear(x, p, header=h)),
             {"dense linear": sets(x16, lambda x, w=full: F.linear(x, w))},
             2 * m * n * k,
             "fp16",

@@ -41,15 +41,22 @@ def main(prefix: str) -> None:
 
     # The entries for CUDA, which a CPU torch has no tensors for: called with a CPU tensor.
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    call = torch.ops.fastsparse.int8_linear.default.redispatch
-    arguments = (key, x, ops.pack(weight), scale)
+    raw = torch.ops.fastsparse
+    structure, values = ops.sparse_structure(weight.float())
+    y = torch.randn(5, 33)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (raw.int8_linear, (x, ops.pack(weight), scale)),
+        (raw.sparse_linear, (x, ops.pack(weight.float(), "bitmap32"), 33)),
+        (raw.sparse_values_linear, (x, structure, values, 33, False)),
+        (raw.sparse_values_linear_train, (x, structure, values, 33, False)),
+        (raw.sparse_sddmm, (y, x, structure, values.numel())),
+        (raw.sparse_sddmm_train, (y, x, structure, values.numel())),
+    ]
     os.environ.pop("FASTSPARSE_UNPROVEN", None)
-    if torch.version.cuda is None:
-        said = message_of(lambda: call(*arguments))
-        assert "this torch is a CPU build" in said, said
-    else:
-        said = message_of(lambda: call(*arguments))
-        assert "never run on hardware" in said, said
+    expected = "this torch is a CPU build" if torch.version.cuda is None else "never run on hardware"
+    for op, arguments in calls:
+        said = message_of(lambda op=op, arguments=arguments: op.default.redispatch(key, *arguments))
+        assert expected in said, said
     print("test_cuda_build: loads, runs on the CPU, and says why not on CUDA:", said)
 
 

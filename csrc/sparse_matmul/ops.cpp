@@ -16,6 +16,7 @@
 #include "cuda/sm80.h"
 #endif
 #include "formats/bitmap16.h"
+#include "formats/bitmap32.h"
 #include "formats/blocks16.h"
 #include "formats/nm24.h"
 #include "formats/packed_format.h"
@@ -74,7 +75,7 @@ CheckedRows check_rows(const Tensor& x, int64_t n, const std::optional<Tensor>& 
   return c;
 }
 
-Tensor linear_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias, int64_t activation) {
+Tensor linear_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias, int64_t activation, int64_t) {
   check_cpu(kLinear, "x", x);
   check_dtype(kLinear, "x", x, ScalarType::Float);
   if (x.dim() < 1) fail(kLinear, "x must have at least one dimension, got x[]");
@@ -96,11 +97,28 @@ Tensor linear_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias
 }
 
 Tensor train_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias) {
-  return linear_cpu(x, weight, n, bias, 0);
+  return linear_cpu(x, weight, n, bias, 0, -1);
 }
 
 #if defined(FASTSPARSE_WITH_CUDA)
-Tensor linear_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias, int64_t activation) {
+// The header of a pack by what its caller says of it (the schema's `kind`). Of values it has as many as there is room
+// for: the bytes alone say how many there are.
+PackHeader described(int64_t kind, int64_t n, int64_t k, int64_t size) {
+  PackHeader header{};
+  std::memcpy(header.magic, "fspk", 4);
+  header.format = static_cast<uint16_t>(kind & 0xffff);
+  header.version = 1;
+  header.dtype = static_cast<uint32_t>(kind >> 16 & 0xffff);
+  header.block = static_cast<uint32_t>(kind >> 32);
+  header.n = n;
+  header.k = k;
+  if (header.format == kBitmap32 && n < kLargestSide && k < kLargestSide)
+    header.nonzeros = formats::bitmap_room(n, k, header.dtype == formats::kDTypeF32 ? 4 : 2, size);
+  header.bytes = static_cast<uint64_t>(size);
+  return header;
+}
+
+Tensor linear_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias, int64_t activation, int64_t kind) {
   check_proven(kLinear, sm80::kName, sm80::kProven);
   const DType dtype = float_dtype(kLinear, "x", x);
   if (x.dim() < 1) fail(kLinear, "x must have at least one dimension, got x[]");
@@ -109,11 +127,7 @@ Tensor linear_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bia
   const int64_t size = weight.numel();
   if (size < kPackHeaderBytes)
     fail(kLinear, "weight must be a sparse pack: got " + std::to_string(size) + " bytes, a header alone has 64");
-  // The header says format and sizes: a small copy, and the host waits for the stream (docs/kernels/sparse_matmul.md).
-  const Tensor head = torch::stable::to(torch::stable::narrow(weight, 0, 0, kPackHeaderBytes),
-                                        torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  PackHeader header;
-  std::memcpy(&header, head.const_data_ptr(), sizeof header);
+  const PackHeader header = kind >= 0 && n >= 0 ? described(kind, n, x.size(x.dim() - 1), size) : host_header(weight);
   // Of any of these formats: taken apart, the other arguments checked, launched.
   const auto run = [&](auto packed, auto view, auto launcher) {
     const std::string error = view(header, bytes, size, &packed);
@@ -123,9 +137,14 @@ Tensor linear_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bia
         fail(kLinear, std::string("x must be ") + (packed.dtype == DType::f16 ? "float16" : "bfloat16") +
                           " like the packed weight, got " + dtype_name(x.scalar_type()));
     CheckedRows c = check_rows(x, n, bias, activation, header.n, header.k);
-    const sm80::Rows rows{
-        c.rows.const_data_ptr(), dtype, c.x_stride, c.m, c.bias_data, static_cast<Activation>(activation),
-        c.y.mutable_data_ptr()};
+    const sm80::Rows rows{c.rows.const_data_ptr(),
+                          dtype,
+                          c.x_stride,
+                          c.m,
+                          c.bias_data,
+                          static_cast<Activation>(activation),
+                          c.y.mutable_data_ptr(),
+                          sm80::header_is(bytes, header, sm80::HeaderIs::kShape)};
     const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(x.get_device_index()));
     launcher(packed, rows, current_cuda_stream(x));
     return c.y;
@@ -136,14 +155,14 @@ Tensor linear_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bia
   return run(Pack{}, &formats::view_bitmap32, &sm80::linear_bitmap32);
 }
 #else
-Tensor linear_cuda(Tensor, Tensor, int64_t, std::optional<Tensor>, int64_t) {
+Tensor linear_cuda(Tensor, Tensor, int64_t, std::optional<Tensor>, int64_t, int64_t) {
   throw std::runtime_error(
       "sparse_linear: x is on cuda, and this build of fastsparse has no CUDA kernels (FASTSPARSE_CUDA=ON makes one)");
 }
 #endif
 
 Tensor train_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias) {
-  return linear_cuda(x, weight, n, bias, 0);
+  return linear_cuda(x, weight, n, bias, 0, -1);
 }
 
 Tensor pack_cpu(Tensor weight, int64_t format, int64_t block) {
@@ -262,8 +281,10 @@ Tensor half_unpack_cpu(Tensor pack, int64_t n, int64_t k, bool bfloat16) {
 }  // namespace fs::sparse_matmul
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
-  // n: the pack's N, which a fake kernel can't read from its bytes; -1 where it need not
-  m.def("sparse_linear(Tensor x, Tensor weight, int n, Tensor? bias=None, int activation=0) -> Tensor");
+  // n: the pack's N, which a fake kernel can't read from its bytes; -1 where it need not. kind: format | dtype << 16 |
+  // block << 32 of its header, by the codes there, so that on CUDA no call reads it; -1: unknown. The CPU reads its
+  // own.
+  m.def("sparse_linear(Tensor x, Tensor weight, int n, Tensor? bias=None, int activation=0, int kind=-1) -> Tensor");
   // The same kernel under a name that carries autograd, without the activation (int8_gemm/ops.cpp says why).
   m.def("sparse_linear_train(Tensor x, Tensor weight, int n, Tensor? bias=None) -> Tensor");
   m.def("sparse_pack(Tensor weight, int format, int block=0) -> Tensor");

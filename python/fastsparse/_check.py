@@ -181,11 +181,12 @@ def _sparse_training(device: torch.device) -> Case:
     for (m, k, n), zeros in itertools.product(_SHAPES, (0.0, 0.5, 0.9)):
         weight = torch.randn(n, k, generator=generator)
         weight *= torch.rand(n, k, generator=generator) >= zeros
-        x, grad = torch.randn(m, k, generator=generator).requires_grad_(), torch.randn(m, n, generator=generator)
-        structure, values = ops.sparse_structure(weight)
-        y = ops.sparse_linear(x, structure, values=values.requires_grad_())
-        got = (y, *torch.autograd.grad(y, (x, values), grad))
-        x, mask = x.detach(), weight != 0
+        x, grad = torch.randn(m, k, generator=generator), torch.randn(m, n, generator=generator)
+        structure, values = (each.to(device) for each in ops.sparse_structure(weight))
+        there = x.to(device).requires_grad_()
+        y = ops.sparse_linear(there, structure, out_features=n, values=values.requires_grad_())
+        got = [each.cpu() for each in (y, *torch.autograd.grad(y, (there, values), grad.to(device)))]
+        mask = weight != 0
         wanted = (reference.spmm(weight, x.t()).t(), reference.spmm(weight.t(), grad.t()).t())
         for name, mine, theirs in zip(("forward", "gradient to x"), got, wanted, strict=False):
             what = f"sparse training M={m} N={n} K={k} zeros {zeros} {name}"
@@ -290,7 +291,7 @@ CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
     ("kl_loss", "cuda"): [_kl_loss],
     ("sparse_matmul", "cpu"): [_sparse_linear, _sparse_linear_nm, _sparse_training],
     ("sparse_int8", "cpu"): [_sparse_int8],
-    ("sparse_matmul", "cuda"): [_sparse_linear, _sparse_linear_half],
+    ("sparse_matmul", "cuda"): [_sparse_linear, _sparse_linear_half, _sparse_training],
 }
 
 

@@ -94,6 +94,26 @@ def test_copies_pickles_and_moves_of_dtype() -> None:
     assert layer(torch.randn(2, 23).half()).dtype == torch.float16
 
 
+def test_the_header_is_known_without_asking_the_device() -> None:
+    # What CUDA calls go by (docs/decisions/0009); kept from loads and moves on, lost with the tensor it was read from.
+    layer = SparseLinear.from_linear(pruned(), "bitmap32")
+    expected = {"format": "bitmap32", "dtype": "float32", "block": 32, "n": 19}
+    assert layer._header is None
+    assert layer.to(torch.device("cpu"))._header == expected
+    assert copy.deepcopy(layer)._header == expected
+    layer.load_state_dict(SparseLinear.from_linear(pruned(), "sell16").state_dict())
+    assert layer._header == {"format": "sell16", "dtype": "float32", "block": 16, "n": 19}
+    for assign in (True, False):
+        layer.load_state_dict(SparseLinear.from_linear(pruned(zeros=0.3), "bitmap32").state_dict(), assign=assign)
+        assert layer._header == expected
+    layer.weight = ops.pack(torch.randn(19, 23), "panels128")
+    assert layer._header is None
+    with torch.device("meta"):
+        empty = SparseLinear(23, 19)
+    assert empty.to(torch.device("meta"))._header is None
+    assert empty.to_empty(device="cpu")._header is None
+
+
 def test_autocast_gives_its_dtype() -> None:
     layer, x = SparseLinear.from_linear(pruned()), torch.randn(3, 23)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 from fastsparse import ops
+from fastsparse.ops._pack import read_header
+from fastsparse.ops.int8_gemm import ACTIVATIONS
 
+_values_linear = torch.ops.fastsparse.sparse_values_linear.default
+_sddmm = torch.ops.fastsparse.sparse_sddmm.default
 _fake_quantize_train = torch.ops.fastsparse.fake_quantize_train.default
 _fake_quantize_backward = torch.ops.fastsparse.fake_quantize_backward.default
 
@@ -156,9 +160,27 @@ class Device:
         bias: Tensor | None = None,
         activation: str | None = None,
         format: str = "bitmap32",
+        header: Tensor | None = None,
     ) -> Tensor:
         there = self.place(x), self.place(pack, aligned=True), self.place(bias)
-        return ops.sparse_linear(*there, activation, out_features).cpu()
+        said = None if header is None else read_header(header)
+        return ops.sparse_linear(*there, activation, out_features, header=said).cpu()
+
+    def values_linear(
+        self,
+        x: Tensor,
+        structure: Tensor,
+        values: Tensor,
+        n: int,
+        transposed: bool = False,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        there = self.place(x), self.place(structure, aligned=True), self.place(values)
+        return _values_linear(*there, n, transposed, self.place(bias), ACTIVATIONS[activation]).cpu()
+
+    def values_gradient(self, p: Tensor, q: Tensor, structure: Tensor, nonzeros: int) -> Tensor:
+        return _sddmm(self.place(p), self.place(q), self.place(structure, aligned=True), nonzeros).cpu()
 
     @staticmethod
     def _gradient(loss: Tensor, there: Tensor, student: Tensor) -> Tensor | None:

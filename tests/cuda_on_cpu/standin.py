@@ -319,24 +319,25 @@ class StandIn:
         bias: Tensor | None = None,
         activation: str | None = None,
         format: str = "bitmap32",
+        header: Tensor | None = None,
     ) -> Tensor:
-        """As ops.sparse_linear, for a matrix x and a pack of `format`."""
+        """As ops.sparse_linear, for a matrix x and a pack of `format`; `header`: what its caller takes for its own."""
         m, k = x.shape
         y = self.empty((m, out_features), x.dtype)
         offset, self.offset = self.offset, 0  # torch's allocator aligns packs
         weight = self.copy(pack)
         self.offset = offset
         there, stride = self.strided_copy(x), x.stride(0) if k else 0
-        parameters = [weight, pack.numel(), self.copy(bias), _ACTIVATIONS[activation], y]
+        parameters = [weight, pack.numel(), header, self.copy(bias), _ACTIVATIONS[activation], y]
         self.call(f"sparse_matmul_{format}", there, _FLOATS[x.dtype], stride, m, *parameters)
         return y.clone()
 
     def spmm(self, crow: Tensor, col: Tensor, values: Tensor, x: Tensor, out_features: int) -> Tensor:
-        """y [M, N] = x [M, K] W^T, W [N, K] in CSR: crow int32 or int64 [N + 1], col int32, values float32."""
+        """y [M, N] = x [M, K] W^T, W [N, K] in CSR: crow int32 [N + 1], col int32, values float32."""
         m, k = x.shape
         y, scratch = self.empty((m, out_features), torch.float32), self._csr_scratch(out_features, k, m, 0)
         there, stride = self.strided_copy(x), x.stride(0) if k else 0
-        structure = [self.copy(crow), int(crow.dtype == torch.int64), self.copy(col), self.copy(values), len(col)]
+        structure = [self.copy(crow), self.copy(col), self.copy(values), len(col)]
         self.call("sparse_matmul_spmm", *structure, out_features, k, there, stride, m, y, scratch)
         return y.clone()
 
@@ -345,9 +346,58 @@ class StandIn:
         (m, n), k = dy.shape, x.shape[1]
         grad, scratch = self.empty((len(col),), torch.float32), self._csr_scratch(n, k, m, 1)
         sides = [self.strided_copy(dy), dy.stride(0) if n else 0, self.strided_copy(x), x.stride(0) if k else 0]
-        structure = [self.copy(crow), int(crow.dtype == torch.int64), self.copy(col), len(col)]
+        structure = [self.copy(crow), self.copy(col), len(col)]
         self.call("sparse_matmul_sddmm", *structure, n, k, *sides, m, grad, scratch)
         return grad.clone()
+
+    def values_linear(
+        self,
+        x: Tensor,
+        structure: Tensor,
+        values: Tensor,
+        n: int,
+        transposed: bool = False,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        """fastsparse::sparse_values_linear, for a matrix x; n: the columns of y."""
+        m, inner = x.shape
+        sides = (inner, n) if transposed else (n, inner)
+        y = self.empty((m, n), torch.float32)
+        scratch, there = self._structure_scratch(*sides, len(values), m, int(transposed)), self._aligned(structure)
+        self.call(
+            "sparse_matmul_product",
+            *(there, structure.numel(), *sides, self.copy(values), len(values), int(transposed)),
+            *(self._either_way(x), *_strides(x), m, self.copy(bias), _ACTIVATIONS[activation], y, scratch),
+        )
+        return y.clone()
+
+    def values_gradient(self, p: Tensor, q: Tensor, structure: Tensor, nonzeros: int) -> Tensor:
+        """fastsparse::sparse_sddmm."""
+        (m, n), k = p.shape, q.shape[1]
+        grad, there = self.empty((nonzeros,), torch.float32), self._aligned(structure)
+        scratch = self._structure_scratch(n, k, nonzeros, m, 2)
+        sides = [self._either_way(p), *_strides(p), self._either_way(q), *_strides(q)]
+        self.call("sparse_matmul_sample", there, structure.numel(), n, k, nonzeros, *sides, m, grad, scratch)
+        return grad.clone()
+
+    def _either_way(self, t: Tensor) -> Tensor:
+        """A copy of a matrix whose rows or whose columns lie together."""
+        return self.strided_copy(t) if t.stride(1) == 1 else self.strided_copy(t.t()).t()
+
+    def _aligned(self, tensor: Tensor) -> Tensor | None:
+        offset, self.offset = self.offset, 0  # torch's allocator aligns packs
+        there = self.copy(tensor)
+        self.offset = offset
+        return there
+
+    def _structure_scratch(self, n: int, k: int, nonzeros: int, m: int, what: int) -> Tensor:
+        self.library.sparse_matmul_structure_scratch.restype = ctypes.c_int64
+        offset, self.offset = self.offset, 0  # torch's allocator aligns what ops.cpp asks for
+        size = self.library.sparse_matmul_structure_scratch(*map(ctypes.c_int64, (n, k, nonzeros, m)), what)
+        scratch = self.empty((size,), torch.uint8)
+        self.offset = offset
+        return scratch
 
     def _csr_scratch(self, n: int, k: int, m: int, sddmm: int) -> Tensor:
         self.library.sparse_matmul_scratch_floats.restype = ctypes.c_int64
@@ -365,6 +415,11 @@ def _channels(x: Tensor, scale: Tensor, axis: int | None) -> tuple[int, int, int
         outer, inner = torch.Size(x.shape[:axis]).numel(), torch.Size(x.shape[axis + 1 :]).numel()
         return outer, x.shape[axis], inner
     return (1, 1, x.numel()) if scale.numel() == 1 else (1, scale.numel(), x.shape[-1])
+
+
+def _strides(t: Tensor) -> tuple[int, int]:
+    """Of a matrix as ops.cpp hands them on: one of them is 1, also of an empty one."""
+    return (t.stride(0), 1) if t.stride(1) == 1 else (1, t.stride(1))
 
 
 def _rows(outer: int, channels: int, inner: int) -> tuple[int, int]:

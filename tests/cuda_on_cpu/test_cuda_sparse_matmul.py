@@ -9,15 +9,16 @@ from pathlib import Path
 import builds
 import pytest
 import torch
+from device import Device
 from standin import Finding, StandIn
 from torch import Tensor
 
-from fastsparse import ops, reference
+from fastsparse import nn, ops, reference
 from support import same_bits, strided
 
-FEW, BITMAP16, MMA, BLOCKS, CSR = (
+FEW, BITMAP16, MMA, BLOCKS, CSR, STRUCTURE = (
     builds.ROOT / f"csrc/sparse_matmul/cuda/sm80_{name}.cu"
-    for name in ("few_rows", "bitmap16", "mma_sp", "blocks", "csr")
+    for name in ("few_rows", "bitmap16", "mma_sp", "blocks", "csr", "structure")
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [None, "relu", "gelu", "silu"]
@@ -115,13 +116,13 @@ HALVES = [torch.bfloat16, torch.float16]
 SHAPES_16 = [(1, 1, 1), (2, 33, 64), (7, 95, 1025), (8, 32, 15), (9, 64, 2100), (16, 31, 513), (19, 70, 97)]
 
 
-def only_by_the_masks(kernels: StandIn) -> bool:
-    """Whether no bank conflicts are but those of the ring, which lie in the data."""
+def only_by_the_data(kernels: StandIn, source: Path) -> bool:
+    """Whether no bank conflicts are but those that lie in the data, as the lines themselves say."""
     if kernels.bank_conflicts() == 0:
         return True
-    lines = BITMAP16.read_text().splitlines()
-    places = re.findall(r"(?:^|; |\n)\S*sm80_bitmap16\.cu:(\d+)", kernels.conflict_places())
-    return bool(places) and all("conflicts as the masks are" in lines[int(line) - 1] for line in places)
+    lines = source.read_text().splitlines()
+    places = re.findall(rf"(?:^|; |\n)\S*{re.escape(source.name)}:(\d+)", kernels.conflict_places())
+    return bool(places) and all(re.search("conflicts as the .* are", lines[int(line) - 1]) for line in places)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -134,7 +135,7 @@ def test_bitmap16(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
         bias, activation = torch.randn(n) if i % 2 else None, ACTIVATIONS[(i + seed) % 4]
         with kernels.launches(seed, offset=i % 2):
             got = kernels.sparse_linear(x, ops.pack(w, "bitmap32"), n, bias, activation, "bitmap16")
-            assert only_by_the_masks(kernels), kernels.conflict_places()
+            assert only_by_the_data(kernels, BITMAP16), kernels.conflict_places()
         assert got.shape == (m, n)
         assert got.dtype == dtype
         assert_close(got, x, w, bias, activation, (m, n, k))
@@ -291,18 +292,54 @@ def test_damaged_blocks16_is_never_read_outside(kernels: StandIn) -> None:
             kernels.sparse_linear(torch.randn(40, k).half(), pack, n, format="blocks16")
 
 
-# --- spmm, sddmm: no operator starts these kernels yet, so a device has no way to them -------------------------------
+# --- Headers: a pack by what its caller says of it -------------------------------------------------------------------
 
-on_the_standin = pytest.mark.skipif("os.environ.get('CUDA_ON_CPU_BUILDS') == 'device'", reason="no operator yet")
+
+def half_packs(n: int, k: int) -> dict[str, Tensor]:
+    return {
+        "bitmap16": ops.pack(sparse(n, k, 0.5).half(), "bitmap32"),
+        "nm24": ops.pack(sparse24(n, k, torch.float16), "nm24"),
+        "blocks16": ops.pack(sparse_blocks(n, k, 32, torch.float16), "blocks16"),
+    }
+
+
+def test_a_pack_by_its_description(kernels: StandIn) -> None:
+    # As ops.sparse_linear(header=...): the number of values is not asked for, and no other pack's is taken over.
+    m, n, k = 5, 70, 130
+    x, bias = torch.randn(m, k), torch.randn(n)
+    for format, pack in {"bitmap32": ops.pack(sparse(n, k, 0.5), "bitmap32"), **half_packs(n, k)}.items():
+        rows = x if format == "bitmap32" else x.half()
+        with kernels.launches():
+            expected = kernels.sparse_linear(rows, pack, n, bias, "silu", format)
+            assert same_bits(kernels.sparse_linear(rows, pack, n, bias, "silu", format, pack[:64].clone()), expected)
+            assert torch.isfinite(expected).all()
+
+
+def test_a_pack_that_is_not_as_it_was_described_gives_nan(kernels: StandIn) -> None:
+    m, n, k = 5, 64, 64
+    x = torch.randn(m, k)
+    for format, pack in {"bitmap32": ops.pack(sparse(n, k, 0.5), "bitmap32"), **half_packs(n, k)}.items():
+        rows = x if format == "bitmap32" else x.half()
+        for bias, activation in ((None, None), (torch.randn(n), "relu")):
+            damaged = pack.clone()
+            damaged[16] ^= 1  # N
+            with kernels.launches():
+                got = kernels.sparse_linear(rows, damaged, n, bias, activation, format, pack[:64].clone())
+            assert got.isnan().all(), format
+
+
+# --- spmm, sddmm of a bare CSR: what a structure on a device becomes (below); no operator takes one -------------------
+
+on_the_standin = pytest.mark.skipif("os.environ.get('CUDA_ON_CPU_BUILDS') == 'device'", reason="no operator takes it")
 # Off every tile: rows 32, 128, 4; outputs 32; k 32; values of a row 8, 16, 32, 64.
 SHAPES_CSR = [(1, 1, 1), (7, 33, 70), (32, 31, 5), (33, 64, 130), (131, 40, 97), (260, 3, 300)]
 
 
-def csr(w: Tensor, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(crow, col, values), crow int64 if wide."""
+def csr(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(crow, col, values)"""
     row, col = w.nonzero(as_tuple=True)
     crow = torch.cat([torch.zeros(1, dtype=torch.int64), w.ne(0).sum(1).cumsum(0)])
-    return crow if wide else crow.int(), col.int(), w[row, col]
+    return crow.int(), col.int(), w[row, col]
 
 
 @on_the_standin
@@ -312,7 +349,7 @@ def test_spmm(kernels: StandIn, seed: int) -> None:
         w, x = sparse(n, k, [0.5, 0.9, 0.0, 1.0][(i + seed) % 4]), torch.randn(m, k)
         x = strided(x) if i % 2 else x
         with kernels.launches(seed, offset=i % 2):
-            got = kernels.spmm(*csr(w, i % 2 == 0), x, n)
+            got = kernels.spmm(*csr(w), x, n)
             assert kernels.bank_conflicts() == 0, kernels.conflict_places()
         assert_close(got, x, w, None, None, (m, n, k))
         if m:  # columns ascend: the chain of the CPU's kernels
@@ -334,7 +371,7 @@ def test_sddmm(kernels: StandIn, seed: int) -> None:
         w = sparse(n, k, [0.5, 0.9, 0.0, 1.0][(i + seed) % 4])
         dy, x = torch.randn(m, n), torch.randn(m, k)
         dy, x = (strided(dy), x) if i % 2 else (dy, strided(x))
-        crow, col, _ = csr(w, i % 2 == 0)
+        crow, col, _ = csr(w)
         with kernels.launches(seed, offset=i % 2):
             got = kernels.sddmm(crow, col, dy, x)
             assert kernels.bank_conflicts() == 0, kernels.conflict_places()
@@ -347,16 +384,112 @@ def test_a_damaged_csr_is_never_followed_outside(kernels: StandIn) -> None:
     x, dy, values = torch.randn(m, k), torch.randn(m, n), torch.randn(nonzeros)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
-        dtype, low, high = [(torch.int64, -(2**62), 2**62), (torch.int32, -(2**31), 2**31), (torch.int32, -9, 450)][
-            seed
-        ]
-        crow = torch.randint(low, high, (n + 1,), dtype=dtype, generator=generator)
+        low, high = [(-(2**31), 2**31), (-9, 450), (0, 450)][seed]
+        crow = torch.randint(low, high, (n + 1,), dtype=torch.int32, generator=generator)
         col = torch.randint(-3, k + 3, (nonzeros,), dtype=torch.int32, generator=generator)
         with kernels.launches(seed):
             kernels.spmm(crow, col, values, x, n)
         crow = crow.sort().values  # else rows overlap, and a gradient is written twice
         with kernels.launches(seed):
             kernels.sddmm(crow, col, dy, x)
+
+
+# --- From a structure: spmm, sddmm and sparse_linear of live values --------------------------------------------------
+
+# Off every tile, too: chunks of 256 outputs, blocks of 128 columns, 1024 columns whose sums are one turn.
+SHAPES_STRUCTURE = [(3, 257, 129), (33, 300, 260), (5, 20, 1100), (2, 1100, 20)]
+
+
+def way(t: Tensor, i: int) -> Tensor:
+    """A matrix as it is, with its rows apart, with its columns together, or with its columns apart."""
+    return (t, strided(t), t.t().contiguous().t(), strided(t.t().contiguous()).t())[i % 4] if t.numel() else t
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_products_of_a_structure(kernels: StandIn, seed: int) -> None:
+    for i, (m, n, k) in enumerate(SHAPES_CSR + SHAPES_STRUCTURE + EMPTY):
+        w = sparse(n, k, [0.5, 0.9, 0.0, 1.0][(i + seed) % 4])
+        structure, values = ops.sparse_structure(w)
+        x, dy, bias = torch.randn(m, k), torch.randn(m, n), torch.randn(n) if i % 2 else None
+        activation = ACTIVATIONS[(i + seed) % 4]
+        with kernels.launches(seed, offset=i % 2):
+            y = kernels.values_linear(way(x, i), structure, values, n, False, bias, activation)
+            dx = kernels.values_linear(way(dy, i + 1), structure, values, k, True)
+            gradient = kernels.values_gradient(way(dy, i + 2), way(x, i + 3), structure, len(values))
+            assert only_by_the_data(kernels, STRUCTURE), kernels.conflict_places()
+        assert_close(y, x, w, bias, activation, (m, n, k))
+        assert_close(dx, dy, w.t().contiguous(), None, None, (m, n, k, "transposed"))
+        assert_gradient_close(gradient, w, dy, x)
+        if activation in (None, "relu"):  # the others' functions are the device's own
+            assert same_bits(y, ops.sparse_linear(x, structure, bias, activation, values=values)), (m, n, k)
+        plain = torch.ops.fastsparse.sparse_values_linear
+        assert same_bits(dx, plain(dy, structure, values, k, True)), (m, n, k)
+
+
+def test_values_that_are_stored_zeros_have_gradients(kernels: StandIn) -> None:
+    m, n, k = 20, 40, 140
+    w = torch.sparse_csr_tensor(torch.arange(n + 1), torch.arange(n), torch.zeros(n), (n, k), check_invariants=False)
+    structure, values = ops.sparse_structure(w)
+    x, dy = torch.randn(m, k), torch.randn(m, n)
+    with kernels.launches():
+        gradient = kernels.values_gradient(dy, x, structure, len(values))
+    assert_gradient_close(gradient, torch.eye(n, k), dy, x)
+
+
+def test_a_structure_of_other_sizes_gives_nan(kernels: StandIn) -> None:
+    # The device tells: the host does not read the header where the arguments say what it must be.
+    m, n, k = 7, 40, 50
+    structure, values = ops.sparse_structure(sparse(n, k, 0.5))
+    x, dy = torch.randn(m, k - 1), torch.randn(m, n)
+    with kernels.launches():
+        assert kernels.values_linear(x, structure, values, n).isnan().all()
+        assert kernels.values_linear(dy[:, 1:], structure, values, k, True).isnan().all()
+        assert kernels.values_gradient(dy, x, structure, len(values)).isnan().all()
+        assert kernels.values_linear(torch.randn(m, k), structure, values[1:], n).isnan().all()
+
+
+def test_a_damaged_structure_is_never_followed_outside(kernels: StandIn) -> None:
+    m, n, k = 9, 300, 200
+    structure, values = ops.sparse_structure(sparse(n, k, 0.7))
+    x, dy = torch.randn(m, k), torch.randn(m, n)
+    tables = 128 + 2 * 2 * 512 + 2 * 2 * 256 * 4  # where the indices begin
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        damaged = torch.randint(0, 256, structure.shape, dtype=torch.uint8, generator=generator)
+        damaged[:128] = structure[:128]
+        if seed == 1:  # all but the indices
+            damaged[:tables] = structure[:tables]
+        elif seed == 2:  # starts that lie within the values
+            damaged[2176 + 2 : tables : 4] = damaged[2176 + 3 : tables : 4] = 0
+        if seed != 1 and kernels.build == "race":
+            continue  # several threads may write what belongs to one value: which of them stays is open
+        with kernels.launches(seed):
+            kernels.values_linear(x, damaged, values, n)
+            if kernels.build != "race":
+                kernels.values_linear(dy, damaged, values, k, True)
+            kernels.values_gradient(dy, x, damaged, len(values))
+
+
+@pytest.mark.skipif(
+    "os.environ.get('CUDA_ON_CPU_BUILDS') != 'device' or os.environ.get('FASTSPARSE_TEST_DEVICE') == 'cpu'",
+    reason="needs a GPU",
+)
+def test_calls_are_captured_into_a_cuda_graph(kernels: Device) -> None:
+    m, n, k = 8, 96, 160
+    w, linear = sparse(n, k, 0.5), torch.nn.Linear(k, n)
+    linear.weight.data.copy_(w)
+    fixed = nn.SparseLinear.from_linear(linear, "bitmap32").to(kernels.name)
+    live = nn.TrainableSparseLinear.from_linear(linear).to(kernels.name)
+    x, graph = torch.randn(m, k, device=kernels.name), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        fixed(x), live(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            results = fixed(x), live(x)
+        x.copy_(torch.randn(m, k))
+        graph.replay()
+        for module, result in zip((fixed, live), results, strict=True):
+            assert same_bits(result.cpu(), module(x).cpu())
 
 
 # --- Defects planted in copies of these kernels: the tests above would see them --------------------------------------
@@ -440,7 +573,13 @@ DEFECTS = {
         "fast",
         WRONG,
     ),
-    "a column that the structure may make up": (CSR, "column < s.k; }", "column <= s.k; }", "race", "out of bounds"),
+    "a column that the structure may make up": (
+        CSR,
+        "column < s.csr.k;",
+        "column <= s.csr.k;",
+        "race",
+        "out of bounds",
+    ),
     "a gradient of half the rows": (CSR, "m += 4 * kShare", "m += 8 * kShare", "fast", "gradient"),
     "results stored before all outputs are there": (
         CSR,
@@ -449,6 +588,35 @@ DEFECTS = {
         "race",
         r"(race|uninitialised).*sm80_csr\.cu:\d+",
     ),
+    "bits counted before all are set": (
+        STRUCTURE,
+        "  });\n  __syncthreads();\n}",
+        "  });\n}",
+        "race",
+        r"(race|uninitialised).*sm80_structure\.cu:\d+",
+    ),
+    "a value's own bit among those below": (
+        STRUCTURE,
+        "(1u << row % 32) - 1",
+        "(2u << row % 32) - 1",
+        "fast",
+        WRONG,
+    ),
+    "sums of warps that the next turn writes over": (
+        STRUCTURE,
+        "__syncthreads();  // nobody reads the sums of this turn any more",
+        "",
+        "race",
+        r"race: .*sm80_structure\.cu:\d+",
+    ),
+    "columns whose turn forgets those before": (
+        STRUCTURE,
+        "unsigned warps_before = before;",
+        "unsigned warps_before = 0;",
+        "fast",
+        WRONG,
+    ),
+    "a header that nobody looks at": (CSR, "right = holds(e.header)", "right = true", "fast", "header"),
 }
 
 
@@ -466,16 +634,22 @@ def test_planted_defects_are_caught(name: str, tmp_path: Path) -> None:
         MMA: ("nm24", sparse24(n, k, torch.float16)),
         BLOCKS: ("blocks16", sparse_blocks(n, k, 32, torch.float16)),
         CSR: ("csr", sparse(n, k, 0.5)),
+        STRUCTURE: ("structure", sparse(n, 5 * k, 0.5)),
     }[source]
     x = torch.randn(m, w.shape[1]).to(w.dtype)
     report = ""
     try:
         with kernels.launches():
             if format == "csr":
-                crow, col, values = csr(w, True)
+                crow, col, values = csr(w)
                 col[5] = k if "make up" in name else col[5]
                 got = kernels.spmm(crow, col, values, x, n)
                 gradient = kernels.sddmm(crow, col, dy := torch.randn(m, n), x)
+                if expected == "header":
+                    assert not kernels.values_linear(x[:, 1:], *ops.sparse_structure(w), n).isnan().any()
+            elif format == "structure":
+                x, w = torch.randn(m, n), w.t()
+                got = kernels.values_linear(x, *ops.sparse_structure(w.t()), len(w), True)
             else:
                 packed = ops.pack(w, format.replace("16", "32") if source == BITMAP16 else format)
                 got = kernels.sparse_linear(x, packed, n, format=format)
@@ -487,6 +661,8 @@ def test_planted_defects_are_caught(name: str, tmp_path: Path) -> None:
     elif expected == CONFLICTS:
         assert_close(got, x, w, None, None, "conflicts cost time only")
         assert conflicts > 0
+    elif expected == "header":
+        assert_close(got, x, w, None, None, "")
     elif expected == "gradient":
         with pytest.raises(AssertionError):
             assert_gradient_close(gradient, w, dy, x)

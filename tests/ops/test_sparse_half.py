@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from fastsparse import ops
+from fastsparse.ops._pack import kind_of
 from tests.support import same_bits
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -106,6 +107,9 @@ def test_errors() -> None:
         with pytest.raises(ValueError, match=expected):
             ops.sparse_linear(torch.randn(2, 8), ops.pack(w, format))
         assert torch.equal(ops.unpack(ops.pack(ops.unpack(ops.pack(w, format)), format)), w)
+        header = ops.pack(w, format)[:16].numpy().tobytes()  # what a call on CUDA is told of it
+        _, code, _, dtype, block = struct.unpack("<4sHHII", header)
+        assert kind_of(ops.describe(ops.pack(w, format))) == code + (dtype << 16) + (block << 32)
     for format, what in (("nm24", "an nm24"), ("blocks16", "a blocks16"), ("bitmap32", "a 16-bit bitmap32")):
         with pytest.raises(ValueError, match=r"^half_unpack: pack must be of \[N=4, K=9\] .* got \[N=4, K=8\]$"):
             torch.ops.fastsparse.half_unpack(ops.pack(w, format), 4, 9, False)

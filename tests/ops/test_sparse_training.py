@@ -495,6 +495,22 @@ def test_other_devices_are_refused() -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastsparse::{name}", "CUDA")
 
 
+@pytest.mark.skipif(_C.build_info()["cuda"] != "off", reason="this build has CUDA kernels")
+def test_cuda_says_that_there_is_no_kernel() -> None:
+    # Straight to the dispatcher's entry for CUDA; no device is needed for what only throws.
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for name, what, arguments in (
+        ("sparse_values_linear", "sparse_linear", (X, S, V, 19, False)),
+        ("sparse_values_linear_train", "sparse_linear", (X, S, V, 19, False)),
+        ("sparse_sddmm", "sddmm", (torch.randn(len(X), 19), X, S, V.numel())),
+        ("sparse_sddmm_train", "sddmm", (torch.randn(len(X), 19), X, S, V.numel())),
+    ):
+        with pytest.raises(
+            RuntimeError, match=f"^{what}: an argument is on cuda, and this build of fastsparse has no CUDA"
+        ):
+            getattr(torch.ops.fastsparse, name).default.redispatch(key, *arguments)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_warm_calls_allocate_no_scratch(count: int) -> None:
     structure, values = ops.sparse_structure(sparse(300, 260))

@@ -32,6 +32,7 @@
 
 #include "../../runtime/cuda/activate.h"
 #include "../../runtime/cuda/device.h"
+#include "holds.h"
 #include "sm80.h"
 #include "tiles.h"
 
@@ -69,6 +70,7 @@ struct Task {
   const float* bias;
   Activation activation;
   T* y;
+  HeaderIs header;
 };
 
 template <class T>
@@ -282,6 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows16(Task<T> t) {
   float y = sum[0];
   for (int w = 1; w < t.warps; ++w) y = __fadd_rn(y, sum[w * kRows * 32]);
   if (t.bias != nullptr) y = __fadd_rn(y, t.bias[output]);
+  if (!holds(t.header)) y = not_a_number();
   t.y[(row0 + warp) * t.weight.n + output] = from_float<T>(activate(t.activation, y));
 }
 
@@ -300,8 +303,9 @@ void linear_as(const bitmap16::Weight& weight, const Rows& rows, cudaStream_t st
   const int warps = warp_steps == 0 ? 0 : static_cast<int>((steps + warp_steps - 1) / warp_steps);
   const auto* x = static_cast<const uint16_t*>(rows.x);
   const bool x_vectors = reinterpret_cast<uintptr_t>(x) % 16 == 0 && rows.x_stride % kChunk == 0;
-  const Task<T> t{weight,          warp_steps * kStep,     warps, 0, x, rows.x_stride, rows.m, x_vectors, rows.bias,
-                  rows.activation, static_cast<T*>(rows.y)};
+  const Task<T> t{
+      weight,          warp_steps * kStep,      warps,      0, x, rows.x_stride, rows.m, x_vectors, rows.bias,
+      rows.activation, static_cast<T*>(rows.y), rows.header};
   if (rows.m <= 8) return launch_rows<T, 8>(t, stream);
   launch_rows<T, 16>(t, stream);
 }

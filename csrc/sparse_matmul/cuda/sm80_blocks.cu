@@ -15,7 +15,7 @@
 // Bound    b 64, a stage (128 x 64 x 64): 512 clocks of the tensor cores, 576 of shared memory (24 KB written, 48 KB
 //          read), 24 KB from L2 (512 clocks at 48 bytes each): about 0.85 of dense. b 32 (256 x 32 x 32): 256, 336 and
 //          384 clocks: bound by L2, 0.67.
-// Compiled nvcc 13.0, sm_80: 178 (b 64) and 166 registers, up to 32 rows 80 and 64, no spills; up to 73,728 bytes
+// Compiled nvcc 13.0, sm_80: 178 (b 64) and 166 registers, up to 32 rows 80 and 68, no spills; up to 73,728 bytes
 // shared
 //          (two thread blocks on an SM of 164 KB).
 // Measured never run on hardware.
@@ -24,6 +24,7 @@
 
 #include "../../runtime/cuda/activate.h"
 #include "../../runtime/cuda/device.h"
+#include "holds.h"
 #include "sm80.h"
 #include "tiles.h"
 
@@ -57,6 +58,7 @@ struct Operands {
 struct Epilogue {
   const float* bias;
   Activation activation;
+  HeaderIs header;
 };
 
 template <class Shape>
@@ -140,13 +142,14 @@ template <class T, class Shape>
 __device__ __forceinline__ void finish(const Epilogue& e, int64_t n, int64_t output0, int row, int output,
                                        const Sums<Shape>& sums, unsigned char* results) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const float none = holds(e.header) ? -0.0f : not_a_number();
 #pragma unroll
   for (int j = 0; j < Shape::kN; ++j) {
     const int column = output + 8 * j + lane % 4 * 2;
     float bias[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      bias[i] = e.bias != nullptr && output0 + column + i < n ? e.bias[output0 + column + i] : -0.0f;
+      bias[i] = e.bias != nullptr && output0 + column + i < n ? __fadd_rn(e.bias[output0 + column + i], none) : none;
 #pragma unroll
     for (int m = 0; m < Shape::kM; ++m)
 #pragma unroll
@@ -215,7 +218,7 @@ void linear_as(const blocks16::Weight& weight, const Rows& rows, cudaStream_t st
   const auto* x = static_cast<const uint16_t*>(rows.x);
   const bool x_vectors = reinterpret_cast<uintptr_t>(x) % 16 == 0 && rows.x_stride % kChunk == 0;
   const Operands o{weight, x, rows.x_stride, rows.m, x_vectors, 0, 0};
-  const Epilogue e{rows.bias, rows.activation};
+  const Epilogue e{rows.bias, rows.activation, rows.header};
   const bool few = rows.m <= kFewRows;
   if (weight.block == blocks16::kCoarse) {
     if (few) return launch_blocks<T, Tile<64, kFewRows, 4>>(o, e, rows.y, stream);

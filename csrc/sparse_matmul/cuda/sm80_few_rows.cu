@@ -14,13 +14,14 @@
 //          The position of a value is held at the number of values, behind which the pack has room.
 // Bound    DRAM at 50% zeros: 4d + 1/8 bytes a weight. Per k and warp (32 weights) about 2 shuffles, a popc, a load,
 //          M/4 loads of x and M fmaf: at 80% zeros the load/store pipe is as long as DRAM, at M = 16 the fmaf are.
-// Compiled nvcc 13.0, sm_80: 48 / 54 / 70 / 74 / 121 registers for 1 / 2 / 4 / 8 / 16 rows, no spills.
+// Compiled nvcc 13.0, sm_80: 40 / 42 / 52 / 56 / 86 registers for 1 / 2 / 4 / 8 / 16 rows, no spills.
 // Open     N = 768 is 24 blocks: K split over blocks, too, would fill a whole GPU.
 // Measured never run on hardware.
 #include <stdexcept>
 
 #include "../../runtime/cuda/activate.h"
 #include "../../runtime/cuda/device.h"
+#include "holds.h"
 #include "sm80.h"
 
 namespace fs::sparse_matmul::sm80 {
@@ -49,6 +50,7 @@ struct Task {
   const float* bias;
   Activation activation;
   T* y;
+  HeaderIs header;
 };
 
 // How many values the masks [begin, end) of this block of outputs have; the same in all lanes.
@@ -140,6 +142,7 @@ __global__ void __launch_bounds__(kThreads) few_rows(Task<T> t) {
   float y = tiles[0][warp][lane];
   for (int w = 1; w < t.warps; ++w) y = __fadd_rn(y, tiles[w][warp][lane]);
   if (t.bias != nullptr) y = __fadd_rn(y, t.bias[output]);
+  if (!holds(t.header)) y = not_a_number();
   t.y[(row0 + warp) * t.n + output] = from_float<T>(activate(t.activation, y));
 }
 
@@ -168,7 +171,8 @@ void linear_as(const Pack& p, const Rows& rows, cudaStream_t stream) {
                   rows.m,
                   rows.bias,
                   rows.activation,
-                  static_cast<T*>(rows.y)};
+                  static_cast<T*>(rows.y),
+                  rows.header};
   const int64_t blocks = (p.n + kBitmapColumns - 1) / kBitmapColumns;
   if (rows.m <= 1) return launch_rows<T, 1>(t, blocks, stream);
   if (rows.m <= 2) return launch_rows<T, 2>(t, blocks, stream);

@@ -21,6 +21,7 @@
 
 #include "../../runtime/cuda/activate.h"
 #include "../../runtime/cuda/device.h"
+#include "holds.h"
 #include "sm80.h"
 #include "tiles.h"
 
@@ -53,6 +54,7 @@ struct Operands {
 struct Epilogue {
   const float* bias;
   Activation activation;
+  HeaderIs header;
 };
 
 __device__ __forceinline__ int value_offset(int row, int chunk) { return 64 * row + 16 * (chunk ^ (row / 2 % 4)); }
@@ -140,12 +142,13 @@ template <class T, int kM, int kN>
 __device__ __forceinline__ void finish(const Epilogue& e, int64_t n, int64_t output0, int output, int row,
                                        const Sums<kM, kN>& sums, T* results) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const float none = holds(e.header) ? -0.0f : not_a_number();
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int column = output + 16 * m + 8 * half + lane / 4;
-      const float bias = e.bias != nullptr && output0 + column < n ? e.bias[output0 + column] : -0.0f;
+      const float bias = e.bias != nullptr && output0 + column < n ? __fadd_rn(e.bias[output0 + column], none) : none;
 #pragma unroll
       for (int i = 0; i < 2 * kN; ++i) {
         const int r = row + i / 2 * 8 + lane % 4 * 2 + i % 2;
@@ -205,7 +208,7 @@ void linear_as(const nm24::Weight& weight, const Rows& rows, cudaStream_t stream
                    nm24::padded_k(weight.k),
                    0,
                    static_cast<int>(nm24::padded_k(weight.k) / kStageK)};
-  const Epilogue e{rows.bias, rows.activation};
+  const Epilogue e{rows.bias, rows.activation, rows.header};
   if (rows.m <= kFewRows)
     launch_sparse<T, kFewRows, 4>(o, e, rows.y, stream);
   else

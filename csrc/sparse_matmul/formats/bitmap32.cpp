@@ -39,6 +39,11 @@ void unpack(const Pack& p, float* weight) { unpack_bitmap(p.mask, p.value, p.n, 
 
 }  // namespace
 
+int64_t bitmap_room(int64_t n, int64_t k, int64_t value_bytes, int64_t size) {
+  const int64_t bytes = size - BitmapLayout(n, k, 0, value_bytes).value;
+  return bytes < 0 ? -1 : bytes / value_bytes - kSlack;
+}
+
 const PackedFormat kBitmap32Format{kBitmap32, "bitmap32", kBitmapColumns, kLargestSide, &pack, &view, &damage, &unpack};
 
 }  // namespace fs::sparse_matmul::formats

@@ -11,4 +11,7 @@ namespace fs::sparse_matmul::formats {
 
 extern const PackedFormat kBitmap32Format;
 
+// The most values of so many bytes that a pack of `size` bytes has room for; below 0 if it has none.
+int64_t bitmap_room(int64_t n, int64_t k, int64_t value_bytes, int64_t size);
+
 }  // namespace fs::sparse_matmul::formats

@@ -117,16 +117,7 @@ std::vector<uint8_t> pack_structure(const Csr& csr) {
   const uint64_t bytes[2] = {forward.size(), transposed.size()};
   const Layout l(csr.n, csr.k, csr.nonzeros, static_cast<int64_t>(bytes[0]), static_cast<int64_t>(bytes[1]));
   std::vector<uint8_t> out(static_cast<size_t>(l.end));
-  PackHeader header{};
-  std::memcpy(header.magic, "fspk", 4);
-  header.format = kStructure;
-  header.version = kStructureVersion;
-  header.dtype = kDTypeF32;
-  header.block = kSampleColumns;
-  header.n = csr.n;
-  header.k = csr.k;
-  header.nonzeros = csr.nonzeros;
-  header.bytes = static_cast<uint64_t>(l.end);
+  const PackHeader header = structure_header(csr.n, csr.k, csr.nonzeros, l.end);
   std::memcpy(out.data(), &header, sizeof header);
   std::memcpy(out.data() + l.bytes, bytes, sizeof bytes);
   fill_tables(csr, out.data(), l);
@@ -135,10 +126,22 @@ std::vector<uint8_t> pack_structure(const Csr& csr) {
   return out;
 }
 
-std::string view_structure(const uint8_t* bytes, int64_t size, StructureView* out) {
+PackHeader structure_header(int64_t n, int64_t k, int64_t nonzeros, int64_t size) {
+  PackHeader header{};
+  std::memcpy(header.magic, "fspk", 4);
+  header.format = kStructure;
+  header.version = kStructureVersion;
+  header.dtype = kDTypeF32;
+  header.block = kSampleColumns;
+  header.n = n;
+  header.k = k;
+  header.nonzeros = nonzeros;
+  header.bytes = static_cast<uint64_t>(size);
+  return header;
+}
+
+std::string view_tables(const PackHeader& h, const uint8_t* bytes, int64_t size, StructureView* out) {
   if (size < kPackHeaderBytes + 64) return "got " + text(size) + " bytes, its headers alone have 128";
-  PackHeader h;
-  std::memcpy(&h, bytes, sizeof h);
   if (std::memcmp(h.magic, "fspk", 4) != 0)
     return "got bytes that do not begin with \"fspk\"; make one with ops.sparse_structure()";
   if (h.format != kStructure)
@@ -153,21 +156,31 @@ std::string view_structure(const uint8_t* bytes, int64_t size, StructureView* ou
     return "got a damaged header: " + text(h.nonzeros) + " non-zeros";
   for (uint8_t byte : h.zero)
     if (byte != 0) return "got a damaged header: reserved bytes that are not zero";
-  uint64_t packs[2];
-  std::memcpy(packs, bytes + kPackHeaderBytes, sizeof packs);
-  for (const uint64_t each : packs)
-    if (each > static_cast<uint64_t>(size)) return "got a damaged header: a part of " + std::to_string(each) + " bytes";
-  const Layout l(h.n, h.k, h.nonzeros, static_cast<int64_t>(packs[0]), static_cast<int64_t>(packs[1]));
-  if (size != l.end || h.bytes != static_cast<uint64_t>(l.end))
-    return "got " + text(size) + " bytes (the header says " + std::to_string(h.bytes) + "), expected " + text(l.end);
+  const Layout l(h.n, h.k, h.nonzeros, 0, 0);
+  if (size < l.end || h.bytes != static_cast<uint64_t>(size))
+    return "got " + text(size) + " bytes (the header says " + std::to_string(h.bytes) + "), expected " + text(l.end) +
+           " and two packs";
   out->n = h.n;
   out->k = h.k;
   out->nonzeros = h.nonzeros;
   out->order = bytes + l.order;
   out->start = reinterpret_cast<const uint32_t*>(bytes + l.start);
   out->index = bytes + l.index;
-  std::string error =
-      view_labelled(bytes + l.forward, static_cast<int64_t>(packs[0]), h.n, h.k, h.nonzeros, &out->forward);
+  return "";
+}
+
+std::string view_structure(const uint8_t* bytes, int64_t size, StructureView* out) {
+  PackHeader h{};
+  std::memcpy(&h, bytes, static_cast<size_t>(std::min<int64_t>(size, sizeof h)));
+  std::string error = view_tables(h, bytes, size, out);
+  if (!error.empty()) return error;
+  uint64_t packs[2];
+  std::memcpy(packs, bytes + kPackHeaderBytes, sizeof packs);
+  for (const uint64_t each : packs)
+    if (each > static_cast<uint64_t>(size)) return "got a damaged header: a part of " + std::to_string(each) + " bytes";
+  const Layout l(h.n, h.k, h.nonzeros, static_cast<int64_t>(packs[0]), static_cast<int64_t>(packs[1]));
+  if (size != l.end) return "got " + text(size) + " bytes, expected " + text(l.end);
+  error = view_labelled(bytes + l.forward, static_cast<int64_t>(packs[0]), h.n, h.k, h.nonzeros, &out->forward);
   if (error.empty())
     error = view_labelled(bytes + l.transposed, static_cast<int64_t>(packs[1]), h.k, h.n, h.nonzeros, &out->transposed);
   return error.empty() ? "" : "got a damaged part: " + error;

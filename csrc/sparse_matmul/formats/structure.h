@@ -66,6 +66,13 @@ std::vector<uint8_t> pack_structure(const Csr& csr);
 // Takes a structure apart. Empty if headers and sizes are right; else what is wrong, for "... must be a structure: ".
 std::string view_structure(const uint8_t* bytes, int64_t size, StructureView* out);
 
+// The header of a structure of so many bytes.
+PackHeader structure_header(int64_t n, int64_t k, int64_t nonzeros, int64_t size);
+
+// The same of a structure in the memory of a GPU by its header alone; `bytes` is not read, and of the two packs nothing
+// is set.
+std::string view_tables(const PackHeader& header, const uint8_t* bytes, int64_t size, StructureView* out);
+
 // As view_structure(), then every byte: empty only for what pack_structure() writes. crow and col: as check_csr()
 // wants.
 std::string read_structure(const uint8_t* bytes, int64_t size, std::vector<int64_t>* crow, std::vector<int64_t>* col);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from fastsparse.nn._packed import (
     vector_problems,
     weight_to_pack,
 )
-from fastsparse.ops._pack import Rows
+from fastsparse.ops._pack import Rows, read_header
 
 _MAX_SIDE = 2**31 - 1
 
@@ -34,6 +36,9 @@ class SparseLinear(PackedLinear):
         weight: uint8 [bytes], a buffer: the pack (`ops.describe`, `ops.unpack`). Its length depends on the zeros.
         bias: float32 [N], a Parameter, or None.
     """
+
+    # What the pack's header says, so that no call asks a GPU for it. Kept at load and at moves, lost with the tensor.
+    _header: dict[str, Any] | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None) -> None:
         """An empty layer (zeros), for `load_state_dict` to fill; `from_linear` makes one that computes something.
@@ -93,7 +98,32 @@ class SparseLinear(PackedLinear):
         # Going round Module.__getattr__ takes a part off the cost of a small call.
         weight = self._buffers["weight"]
         assert weight is not None
-        return ops.sparse_linear(self.cast_for_autocast(x), weight, self.bias, self.activation, self.out_features)
+        x = self.cast_for_autocast(x)
+        return ops.sparse_linear(x, weight, self.bias, self.activation, self.out_features, None, self._header)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            self._header = None
+
+    def _keep_header(self) -> None:
+        self._header = None
+        weight = self._buffers["weight"]
+        if weight is None or weight.is_meta or weight.numel() == 0:
+            return
+        with contextlib.suppress(ValueError):  # memory that nothing was loaded into yet
+            header = read_header(weight)
+            # The number of values is no matter of a compiled graph.
+            self._header = {name: header[name] for name in ("format", "dtype", "block", "n")}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        if self._header is None:  # before the move: the pack still lies where it is read at no cost
+            self._keep_header()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._keep_header()
 
     def state_problems(self, state: dict[str, Any], prefix: str = "") -> list[str]:
         """What keeps the tensors of `state` under `prefix` from being this layer's; absent ones are not its matter.

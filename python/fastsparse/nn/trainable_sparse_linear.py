@@ -25,8 +25,8 @@ class TrainableSparseLinear(PackedLinear):
 
     What was zero in W when the layer was made has no value and no gradient; everything else is in `values`. Neither
     pass makes the dense weight nor its gradient. x float32, bfloat16 or float16 [..., in_features]; y has x's dtype, or
-    autocast's where autocast is on; the sums are float32. On the CPU. For inference `to_sparse()` is faster: here every
-    call puts the values into the order of the kernels first.
+    autocast's where autocast is on; the sums are float32. For inference `to_sparse()` is faster: here every call puts
+    the values into the order of the kernels first.
 
     Attributes:
         in_features, out_features: K and N.

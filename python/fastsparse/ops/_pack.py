@@ -27,6 +27,17 @@ LARGEST_SIDE = 2**31
 Rows = int | tuple[int, int | None] | None  # of x to be expected: many (None), so many, or (few, many)
 
 
+_FORMAT_CODES = {name: code for code, name in FORMATS.items()}
+_DTYPE_CODES = {name: code for code, name in DTYPES.items()}
+
+
+def kind_of(header: dict[str, Any]) -> int:
+    """What `sparse_linear` on CUDA wants to know of a pack: `kind` in its schema (csrc/sparse_matmul/ops.cpp)."""
+    format_ = header["format"]
+    code = SHAPED[format_][0] if format_ in SHAPED else _FORMAT_CODES[format_]
+    return code | _DTYPE_CODES[header["dtype"]] << 16 | int(header["block"]) << 32
+
+
 def read_header(pack: Tensor) -> dict[str, Any]:
     """What `ops.describe` returns. Raises ValueError; the format's own sizes and contents are not checked here."""
     if not isinstance(pack, Tensor) or pack.dtype != torch.uint8 or pack.dim() != 1:

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from fastsparse.ops import _auto
 from fastsparse.ops._call import eager
 from fastsparse.ops._pack import FORMATS as NAMES
-from fastsparse.ops._pack import HEADER, PAIR, SHAPED, Rows, read_header
+from fastsparse.ops._pack import HEADER, PAIR, SHAPED, Rows, kind_of, read_header
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 from fastsparse.ops.sparse_training import to_csr, values_linear
 
@@ -49,6 +49,7 @@ def sparse_linear(
     activation: str | None = None,
     out_features: int | None = None,
     values: Tensor | None = None,
+    header: dict[str, Any] | None = None,
 ) -> Tensor:
     """A linear layer with a sparse float32 weight: y = activation(x W^T + bias).
 
@@ -65,11 +66,14 @@ def sparse_linear(
             weight of 16 bits on CUDA: of the weight's dtype.
         weight: a pack of f32[N, K], from `pack`, or a bitmap32 of bfloat16, which gives the bits of the float32 pack of
             the same values; on CUDA any of float16 or bfloat16. It is a plain tensor without a gradient. Or, with
-            `values`, a structure from `sparse_structure` (on the CPU).
+            `values`, a structure from `sparse_structure`.
         bias: float32 [N].
         activation: None, "relu", "gelu" (the exact one) or "silu".
         out_features: N. Needed under torch.compile where there is no bias (the pack's bytes can't be read there).
         values: float32 [nonzeros], for training: the weight's values at the structure's places, by row, then column.
+        header: what `describe(weight)` says, for CUDA, where a call without it copies the header from the device: the
+            host waits, and a CUDA graph can't be captured. Where it is not the pack's, y is NaN. A structure's is not
+            needed: where out_features is given, the sizes of x and values say the same.
 
     Returns:
         [..., N] in x's dtype. Differentiable in `x`, `bias` and `values`; a pack is fixed. The gradient to `values` is
@@ -85,7 +89,7 @@ def sparse_linear(
             f"sparse_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
         ) from None
     n = -1 if out_features is None else out_features
-    if x.dtype in (torch.bfloat16, torch.float16) and not x.is_cuda:
+    if x.dtype in (torch.bfloat16, torch.float16) and (values is not None or not x.is_cuda):
         return sparse_linear(x.float(), weight, bias, activation, out_features, values).to(x.dtype)
     if values is not None:
         return values_linear(x, weight, values, bias, code, out_features)
@@ -96,7 +100,10 @@ def sparse_linear(
             )
         if x.requires_grad or (bias is not None and bias.requires_grad):
             return _ACTIVATE[code](_sparse_linear_train(x, weight, n, bias))
-    return (_sparse_linear if is_compiling() else _sparse_linear_now)(x, weight, n, bias, code)
+    linear = _sparse_linear if is_compiling() else _sparse_linear_now
+    if header is not None and x.is_cuda:
+        return linear(x, weight, header["n"] if n < 0 else n, bias, code, kind_of(header))
+    return linear(x, weight, n, bias, code)
 
 
 def choose_format(density: float, k: int, rows: int | None) -> str:
@@ -207,7 +214,7 @@ def _linear_shape(x: Tensor, weight: Tensor, n: int, bias: Tensor | None = None)
 
 
 @torch.library.register_fake("fastsparse::sparse_linear")
-def _(x: Tensor, weight: Tensor, n: int, bias: Tensor | None = None, activation: int = 0) -> Tensor:
+def _(x: Tensor, weight: Tensor, n: int, bias: Tensor | None = None, activation: int = 0, kind: int = -1) -> Tensor:
     return _linear_shape(x, weight, n, bias)
 
 
