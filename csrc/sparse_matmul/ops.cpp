@@ -16,7 +16,6 @@
 #include "cuda/sm80.h"
 #endif
 #include "formats/bitmap16.h"
-#include "formats/bitmap32.h"
 #include "formats/blocks16.h"
 #include "formats/nm24.h"
 #include "formats/packed_format.h"
@@ -101,23 +100,6 @@ Tensor train_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias)
 }
 
 #if defined(FASTSPARSE_WITH_CUDA)
-// The header of a pack by what its caller says of it (the schema's `kind`). Of values it has as many as there is room
-// for: the bytes alone say how many there are.
-PackHeader described(int64_t kind, int64_t n, int64_t k, int64_t size) {
-  PackHeader header{};
-  std::memcpy(header.magic, "fspk", 4);
-  header.format = static_cast<uint16_t>(kind & 0xffff);
-  header.version = 1;
-  header.dtype = static_cast<uint32_t>(kind >> 16 & 0xffff);
-  header.block = static_cast<uint32_t>(kind >> 32);
-  header.n = n;
-  header.k = k;
-  if (header.format == kBitmap32 && n < kLargestSide && k < kLargestSide)
-    header.nonzeros = formats::bitmap_room(n, k, header.dtype == formats::kDTypeF32 ? 4 : 2, size);
-  header.bytes = static_cast<uint64_t>(size);
-  return header;
-}
-
 Tensor linear_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias, int64_t activation, int64_t kind) {
   check_proven(kLinear, sm80::kName, sm80::kProven);
   const DType dtype = float_dtype(kLinear, "x", x);
@@ -127,7 +109,8 @@ Tensor linear_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bia
   const int64_t size = weight.numel();
   if (size < kPackHeaderBytes)
     fail(kLinear, "weight must be a sparse pack: got " + std::to_string(size) + " bytes, a header alone has 64");
-  const PackHeader header = kind >= 0 && n >= 0 ? described(kind, n, x.size(x.dim() - 1), size) : host_header(weight);
+  const PackHeader header =
+      kind >= 0 && n >= 0 ? formats::described(kind, n, x.size(x.dim() - 1), size) : host_header(weight);
   // Of any of these formats: taken apart, the other arguments checked, launched.
   const auto run = [&](auto packed, auto view, auto launcher) {
     const std::string error = view(header, bytes, size, &packed);

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fastsparse import ops
-from fastsparse.ops._pack import read_header
 from fastsparse.ops.int8_gemm import ACTIVATIONS
 
 _values_linear = torch.ops.fastsparse.sparse_values_linear.default
@@ -160,11 +159,10 @@ class Device:
         bias: Tensor | None = None,
         activation: str | None = None,
         format: str = "bitmap32",
-        header: Tensor | None = None,
+        header: dict[str, Any] | None = None,
     ) -> Tensor:
         there = self.place(x), self.place(pack, aligned=True), self.place(bias)
-        said = None if header is None else read_header(header)
-        return ops.sparse_linear(*there, activation, out_features, header=said).cpu()
+        return ops.sparse_linear(*there, activation, out_features, header=header).cpu()
 
     def values_linear(
         self,

@@ -25,6 +25,8 @@ import builds
 import torch
 from torch import Tensor
 
+from fastsparse.ops._pack import kind_of
+
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
@@ -319,16 +321,17 @@ class StandIn:
         bias: Tensor | None = None,
         activation: str | None = None,
         format: str = "bitmap32",
-        header: Tensor | None = None,
+        header: dict[str, Any] | None = None,
     ) -> Tensor:
-        """As ops.sparse_linear, for a matrix x and a pack of `format`; `header`: what its caller takes for its own."""
+        """As ops.sparse_linear, for a matrix x and a pack of `format`."""
         m, k = x.shape
         y = self.empty((m, out_features), x.dtype)
         offset, self.offset = self.offset, 0  # torch's allocator aligns packs
         weight = self.copy(pack)
         self.offset = offset
         there, stride = self.strided_copy(x), x.stride(0) if k else 0
-        parameters = [weight, pack.numel(), header, self.copy(bias), _ACTIVATIONS[activation], y]
+        kind = -1 if header is None else kind_of(header)
+        parameters = [weight, pack.numel(), kind, out_features, k, self.copy(bias), _ACTIVATIONS[activation], y]
         self.call(f"sparse_matmul_{format}", there, _FLOATS[x.dtype], stride, m, *parameters)
         return y.clone()
 

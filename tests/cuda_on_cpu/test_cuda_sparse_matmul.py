@@ -295,36 +295,38 @@ def test_damaged_blocks16_is_never_read_outside(kernels: StandIn) -> None:
 # --- Headers: a pack by what its caller says of it -------------------------------------------------------------------
 
 
-def half_packs(n: int, k: int) -> dict[str, Tensor]:
+def packs_of(n: int, k: int, zeros: float) -> dict[str, Tensor]:
     return {
-        "bitmap16": ops.pack(sparse(n, k, 0.5).half(), "bitmap32"),
+        "bitmap32": ops.pack(sparse(n, k, zeros), "bitmap32"),
+        "bitmap16": ops.pack(sparse(n, k, zeros).half(), "bitmap32"),
         "nm24": ops.pack(sparse24(n, k, torch.float16), "nm24"),
         "blocks16": ops.pack(sparse_blocks(n, k, 32, torch.float16), "blocks16"),
     }
 
 
 def test_a_pack_by_its_description(kernels: StandIn) -> None:
-    # As ops.sparse_linear(header=...): the number of values is not asked for, and no other pack's is taken over.
-    m, n, k = 5, 70, 130
-    x, bias = torch.randn(m, k), torch.randn(n)
-    for format, pack in {"bitmap32": ops.pack(sparse(n, k, 0.5), "bitmap32"), **half_packs(n, k)}.items():
-        rows = x if format == "bitmap32" else x.half()
-        with kernels.launches():
-            expected = kernels.sparse_linear(rows, pack, n, bias, "silu", format)
-            assert same_bits(kernels.sparse_linear(rows, pack, n, bias, "silu", format, pack[:64].clone()), expected)
+    # As ops.sparse_linear(header=...); how many values a pack has is not asked for.
+    for (m, n, k), zeros in zip([(5, 70, 130), (3, 5, 7), (2, 33, 64), (1, 40, 0)], (0.5, 0.0, 0.97, 0.5), strict=True):
+        x, bias = torch.randn(m, k), torch.randn(n)
+        for format, pack in packs_of(n, k, zeros).items():
+            rows, header = x if format == "bitmap32" else x.half(), ops.describe(pack)
+            with kernels.launches():
+                expected = kernels.sparse_linear(rows, pack, n, bias, "silu", format)
+                got = kernels.sparse_linear(rows, pack, n, bias, "silu", format, header)
+            assert same_bits(got, expected), (format, n, k)
             assert torch.isfinite(expected).all()
 
 
 def test_a_pack_that_is_not_as_it_was_described_gives_nan(kernels: StandIn) -> None:
     m, n, k = 5, 64, 64
     x = torch.randn(m, k)
-    for format, pack in {"bitmap32": ops.pack(sparse(n, k, 0.5), "bitmap32"), **half_packs(n, k)}.items():
-        rows = x if format == "bitmap32" else x.half()
+    for format, pack in packs_of(n, k, 0.5).items():
+        rows, header = x if format == "bitmap32" else x.half(), ops.describe(pack)
         for bias, activation in ((None, None), (torch.randn(n), "relu")):
             damaged = pack.clone()
             damaged[16] ^= 1  # N
             with kernels.launches():
-                got = kernels.sparse_linear(rows, damaged, n, bias, activation, format, pack[:64].clone())
+                got = kernels.sparse_linear(rows, damaged, n, bias, activation, format, header)
             assert got.isnan().all(), format
 
 

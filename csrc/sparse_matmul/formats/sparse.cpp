@@ -116,6 +116,21 @@ std::string view(const uint8_t* bytes, int64_t size, Pack* out, int64_t rows) {
   return error.empty() ? format->view(h, bytes, size, out) : error;
 }
 
+PackHeader described(int64_t kind, int64_t n, int64_t k, int64_t size) {
+  PackHeader header{};
+  std::memcpy(header.magic, "fspk", 4);
+  header.format = static_cast<uint16_t>(kind & 0xffff);
+  header.version = kVersion;
+  header.dtype = static_cast<uint32_t>(kind >> 16 & 0xffff);
+  header.block = static_cast<uint32_t>(kind >> 32);
+  header.n = n;
+  header.k = k;
+  if (header.format == kBitmap32 && n < kLargestSide && k < kLargestSide)
+    header.nonzeros = std::min(bitmap_room(n, k, header.dtype == kDTypeF32 ? 4 : 2, size), n * k);
+  header.bytes = static_cast<uint64_t>(size);
+  return header;
+}
+
 std::string view_bitmap32(const PackHeader& header, const uint8_t* bytes, int64_t size, Pack* out) {
   const PackedFormat* format;
   const std::string error = header_error(header, size, &format);

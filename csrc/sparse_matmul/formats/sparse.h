@@ -30,6 +30,10 @@ std::vector<uint8_t> pack(const PackedFormat& format, const float* weight, int64
 // pack that serves `rows` rows of x.
 std::string view(const uint8_t* bytes, int64_t size, Pack* out, int64_t rows = 1);
 
+// The header of a pack of `size` bytes as somebody describes it who does not read it: kind = format | dtype << 16 |
+// block << 32. Of a bitmap's values it says as many as there is room for: the masks alone tell how many there are.
+PackHeader described(int64_t kind, int64_t n, int64_t k, int64_t size);
+
 // The same for a bitmap32 pack in the memory of a GPU, whose header was copied to the host; `bytes` is not read.
 std::string view_bitmap32(const PackHeader& header, const uint8_t* bytes, int64_t size, Pack* out);
 

@@ -20,10 +20,11 @@ sm80::Rows rows(const void* x, int dtype, int64_t x_stride, int64_t m, const flo
       bias, static_cast<fs::Activation>(activation), y,        sm80::header_is(pack, header, sm80::HeaderIs::kShape)};
 }
 
-// As the caller of the op says it: of a pack whose own header may be another.
-fs::PackHeader said(const uint8_t* pack, const uint8_t* header) {
+// The pack's own header or, as the op has it from a caller who knows `kind`, n and k, a described one.
+fs::PackHeader header_of(const uint8_t* pack, int64_t bytes, int64_t kind, int64_t n, int64_t k) {
+  if (kind >= 0) return formats::described(kind, n, k, bytes);
   fs::PackHeader h;
-  std::memcpy(&h, header != nullptr ? header : pack, sizeof h);
+  std::memcpy(&h, pack, sizeof h);
   return h;
 }
 
@@ -44,10 +45,10 @@ struct OnDevice {
 extern "C" {
 
 FS_ENTRY const char* sparse_matmul_bitmap32(const void* x, int dtype, int64_t x_stride, int64_t m, const uint8_t* pack,
-                                            int64_t pack_bytes, const uint8_t* header, const float* bias,
+                                            int64_t pack_bytes, int64_t kind, int64_t n, int64_t k, const float* bias,
                                             int activation, void* y) {
   return fs::simt::guarded([&] {
-    const fs::PackHeader h = said(pack, header);
+    const fs::PackHeader h = header_of(pack, pack_bytes, kind, n, k);
     fs::sparse_matmul::Pack weight;
     const std::string error = formats::view_bitmap32(h, pack, pack_bytes, &weight);
     if (!error.empty()) throw std::invalid_argument(error);
@@ -56,10 +57,10 @@ FS_ENTRY const char* sparse_matmul_bitmap32(const void* x, int dtype, int64_t x_
 }
 
 FS_ENTRY const char* sparse_matmul_bitmap16(const void* x, int dtype, int64_t x_stride, int64_t m, const uint8_t* pack,
-                                            int64_t pack_bytes, const uint8_t* header, const float* bias,
+                                            int64_t pack_bytes, int64_t kind, int64_t n, int64_t k, const float* bias,
                                             int activation, void* y) {
   return fs::simt::guarded([&] {
-    const fs::PackHeader h = said(pack, header);
+    const fs::PackHeader h = header_of(pack, pack_bytes, kind, n, k);
     fs::sparse_matmul::bitmap16::Weight weight;
     const std::string error = fs::sparse_matmul::bitmap16::view(h, pack, pack_bytes, &weight);
     if (!error.empty()) throw std::invalid_argument(error);
@@ -68,10 +69,10 @@ FS_ENTRY const char* sparse_matmul_bitmap16(const void* x, int dtype, int64_t x_
 }
 
 FS_ENTRY const char* sparse_matmul_nm24(const void* x, int dtype, int64_t x_stride, int64_t m, const uint8_t* pack,
-                                        int64_t pack_bytes, const uint8_t* header, const float* bias, int activation,
-                                        void* y) {
+                                        int64_t pack_bytes, int64_t kind, int64_t n, int64_t k, const float* bias,
+                                        int activation, void* y) {
   return fs::simt::guarded([&] {
-    const fs::PackHeader h = said(pack, header);
+    const fs::PackHeader h = header_of(pack, pack_bytes, kind, n, k);
     fs::sparse_matmul::nm24::Weight weight;
     const std::string error = fs::sparse_matmul::nm24::view(h, pack, pack_bytes, &weight);
     if (!error.empty()) throw std::invalid_argument(error);
@@ -80,10 +81,10 @@ FS_ENTRY const char* sparse_matmul_nm24(const void* x, int dtype, int64_t x_stri
 }
 
 FS_ENTRY const char* sparse_matmul_blocks16(const void* x, int dtype, int64_t x_stride, int64_t m, const uint8_t* pack,
-                                            int64_t pack_bytes, const uint8_t* header, const float* bias,
+                                            int64_t pack_bytes, int64_t kind, int64_t n, int64_t k, const float* bias,
                                             int activation, void* y) {
   return fs::simt::guarded([&] {
-    const fs::PackHeader h = said(pack, header);
+    const fs::PackHeader h = header_of(pack, pack_bytes, kind, n, k);
     fs::sparse_matmul::blocks16::Weight weight;
     const std::string error = fs::sparse_matmul::blocks16::view(h, pack, pack_bytes, &weight);
     if (!error.empty()) throw std::invalid_argument(error);
