@@ -238,7 +238,7 @@ def ops(device: str) -> Iterator[Op]:
         return (torch._int_mm(codes, w.t()).float() * x_scale * scale).to(x.dtype)
 
     n = k = 64 if small else 4096
-    for m in (1, 16, 128, 2048):
+    for m in (1, 16, 64, 128, 2048):
         codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
         pack = fs.pack(codes).to(device)
         w, scale = codes.to(device), torch.rand(n, device=device)

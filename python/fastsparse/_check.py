@@ -60,6 +60,36 @@ def _int8_linear(device: torch.device) -> Case:
                 yield what, _error(got.cpu(), expected) / tolerance
 
 
+def _int8_gradients(device: torch.device) -> Case:
+    """To x, of int8_linear and of weight_only_linear; the rounding of x counts as if it were none."""
+    generator = torch.Generator().manual_seed(4)
+    for m, k, n in _SHAPES:
+        weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
+        scale = torch.rand(n, generator=generator) * 0.01 + 0.001
+        grad = torch.randn(m, n, generator=generator)
+        nibbles, scales, _ = ops.quantize_groups(torch.randn(n, k, generator=generator), 32, True)
+        grouped = nibbles.double() * scales.double().repeat_interleave(32, 1)[:, :k]
+        dense = weight.double() * scale.double()[:, None]
+        pack, u4, there = ops.pack(weight), ops.pack(nibbles, "u4", scale=scales, group_size=32), scale.to(device)
+        for name, expected, call in (
+            ("int8_linear", dense, lambda x, p=pack, s=there: ops.int8_linear(x, p.to(x.device), s)),
+            (
+                "weight_only_linear int8",
+                dense,
+                lambda x, p=pack, s=there: ops.weight_only_linear(x, p.to(x.device), None, None, s),
+            ),
+            (
+                "weight_only_linear int4",
+                grouped,
+                lambda x, p=u4, n=n: ops.weight_only_linear(x, p.to(x.device), out_features=n),
+            ),
+        ):
+            x = torch.randn(m, k, generator=generator).to(device).requires_grad_()
+            (got,) = torch.autograd.grad(call(x), x, grad.to(device))
+            what = f"{name} M={m} N={n} K={k} gradient to x"
+            yield what, _error(got.cpu(), grad.double() @ expected) / _SPARSE_TOLERANCE
+
+
 def _int8_chain(device: torch.device) -> Case:
     """Codes in, a residual, codes out; the codes of y are those of its float32 value, or wrong."""
     generator = torch.Generator().manual_seed(3)
@@ -183,7 +213,7 @@ def _sparse_training(device: torch.device) -> Case:
         weight *= torch.rand(n, k, generator=generator) >= zeros
         x, grad = torch.randn(m, k, generator=generator), torch.randn(m, n, generator=generator)
         structure, values = (each.to(device) for each in ops.sparse_structure(weight))
-        there = x.to(device).requires_grad_()
+        there = x.to(device, copy=True).requires_grad_()
         y = ops.sparse_linear(there, structure, out_features=n, values=values.requires_grad_())
         got = [each.cpu() for each in (y, *torch.autograd.grad(y, (there, values), grad.to(device)))]
         mask = weight != 0
@@ -283,8 +313,8 @@ _WEIGHT_ONLY_TOLERANCE = 3e-6
 _SPARSE_TOLERANCE = 1e-5
 
 CASES: dict[tuple[str, str], list[Callable[[torch.device], Case]]] = {
-    ("int8_gemm", "cpu"): [_int8_mm, _int8_linear, _int8_chain, _weight_only],
-    ("int8_gemm", "cuda"): [_int8_linear, _int8_chain, _weight_only],
+    ("int8_gemm", "cpu"): [_int8_mm, _int8_linear, _int8_chain, _int8_gradients, _weight_only],
+    ("int8_gemm", "cuda"): [_int8_linear, _int8_chain, _int8_gradients, _weight_only],
     ("qdq", "cpu"): [_qdq],
     ("qdq", "cuda"): [_qdq],
     ("kl_loss", "cpu"): [_kl_loss],

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastsparse import _C, ops, reference
+from fastsparse.ops.int8_gemm import _by_views
 from fastsparse.reference.int8_gemm import quantize_rows, quantize_static
 from support import around_tiles, forced, guarded, isa_levels, same_bits, strided, threads
 
@@ -840,6 +841,7 @@ def test_pack_is_as_documented_to_the_byte(n: int, k: int) -> None:
 def test_unpack_gives_the_weight_back(n: int, k: int) -> None:
     w = s8(n, k)
     assert torch.equal(ops.unpack(guarded(ops.pack(guarded(w)))), w)
+    assert torch.equal(_by_views(ops.pack(w), n, k), w)  # what a gradient on CUDA takes
     for format in ("auto", "vnni16"):
         assert torch.equal(ops.unpack(ops.pack(w, format, rows=8)), w)
     if n and k:

@@ -420,6 +420,18 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.has_residual = residual is not None
 
 
+def _by_views(pack: Tensor, n: int, k: int) -> Tensor:
+    """The int8 weight of a vnni16 pack (csrc/int8_gemm/formats/vnni16.h) by torch's own means, wherever it lies."""
+    panels, cells = -(-n // 16), -(-k // 4)
+    codes = pack[64 : 64 + panels * cells * 64].view(torch.int8).view(panels, cells, 16, 4)
+    return codes.transpose(1, 2).reshape(panels * 16, cells * 4)[:n, :k]
+
+
+def _dense(pack: Tensor, n: int, k: int) -> Tensor:
+    """The float32 weight of a vnni16 pack without its scales; on CUDA without waiting for the device."""
+    return (_by_views if pack.is_cuda else _int8_unpack)(pack, n, k).float()
+
+
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_scale = ctx.saved_tensors
     grad_x = grad_bias = grad_residual = None
@@ -427,7 +439,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # In float32, autocast or not: gradient times scale underflows in half precision. The scales go to the rows of
         # the gradient, M * N products instead of N * K.
         with torch.autocast(grad.device.type, enabled=False):
-            values = _int8_unpack(weight, weight_scale.shape[0], ctx.k).float()
+            values = _dense(weight, weight_scale.shape[0], ctx.k)
             grad_x = ((grad.float() * weight_scale) @ values).to(ctx.x_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
@@ -495,9 +507,11 @@ def _weight_only_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         with torch.autocast(grad.device.type, enabled=False):  # as for int8_linear
             if weight_scale is None:
-                grad_x = (grad.float() @ _u4_dequantize(weight, ctx.n, ctx.k)).to(grad.dtype)
+                # By way of the CPU, where these packs are taken apart.
+                values = _u4_dequantize(weight.cpu(), ctx.n, ctx.k).to(grad.device)
+                grad_x = (grad.float() @ values).to(grad.dtype)
             else:
-                values = _int8_unpack(weight, ctx.n, ctx.k).float()
+                values = _dense(weight, ctx.n, ctx.k)
                 grad_x = ((grad.float() * weight_scale) @ values).to(grad.dtype)
     # The dispatcher drops trailing arguments that have their default, and needs_input_grad with them.
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
