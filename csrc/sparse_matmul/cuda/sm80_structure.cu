@@ -9,7 +9,7 @@
 //          column whatever the order of threads is.
 // Damage   rows are compared with N, columns with K, places with the number of values. Nothing outside is read or
 //          written; of values that claim one place the last one stays.
-// Bound    7 bytes a value from L2 (W), 20 (W^T), and latency: a warp takes one row of a block at a time.
+// Bound    5 bytes a value read or written (W), 10 (W^T), and latency: a warp takes one row of a block at a time.
 // Open     the sums of columns are one thread block's: for every 1024 columns as many trips to L2 as there are chunks.
 // Measured never run on hardware.
 #include <climits>
