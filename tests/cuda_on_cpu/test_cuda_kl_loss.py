@@ -73,6 +73,22 @@ def test_kl_div(kernels: StandIn, dtype: torch.dtype, close: float, seed: int) -
         assert_gradient(gradient, wanted, shares(student, teacher, temperature, 1 / divisor), (classes, temperature))
 
 
+@pytest.mark.parametrize("apart", [0.0, -5.0, 1e4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_kl_of_logits_a_constant_apart(kernels: StandIn, dtype: torch.dtype, apart: float) -> None:
+    # The difference of such logits is rounded to the size of the constant.
+    for i, (classes, rows) in enumerate([(1, 2), (2, 60), (3, 40), (7, 20), (1000, 2), (1500, 2)] * 2):
+        temperature, close = (0.5, 1.0, 8.0)[i % 3], (1.0, 0.1, 1e-3)[(i // 3 + i // 6) % 3]
+        student = torch.randn(rows, classes) * 2
+        teacher = (student + close * torch.randn(rows, classes) + apart).to(dtype)
+        student = student.to(dtype)
+        with kernels.launches():
+            got, _ = kernels.kl_div(student, teacher, temperature, "none", with_grad=False)
+        want = reference.kl_div(student, teacher, temperature, "none")
+        small = want < 0.1 * temperature**2
+        assert_loss(got[small], want[small], (classes, temperature, close))
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_distill_loss(kernels: StandIn, dtype: torch.dtype, seed: int) -> None:
