@@ -85,6 +85,34 @@ def test_mm_is_exact_at_the_limit_of_k(isa: str, fill: str) -> None:
         assert got[0, 0] == 128 * 128 * MAX_K
 
 
+# One row, few rows, tiles with remainders of rows and columns: each way to a sum holds it in registers of its own.
+WAYS = [(1, 33), (3, 17), (5, 33), (17, 33), (33, 17)]
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("isa", isa_levels())
+def test_every_way_is_exact_at_the_limit_of_k(isa: str, fill: str) -> None:
+    for m, n in WAYS:
+        a, b = filled(m, n, MAX_K, fill)
+        pack, one, wanted = ops.pack(b.t()), torch.ones(n), reference.int8_mm(a, b)
+        for count in (1, 2):
+            with forced(isa), threads(count):
+                assert torch.equal(ops.int8_mm(a, b), wanted), (m, n, count)
+                assert torch.equal(ops.int8_linear(a, pack, one, x_scale=1.0), wanted.float()), (m, n, count)
+
+
+@pytest.mark.parametrize("isa", isa_levels())
+def test_every_way_is_exact_at_the_limit_of_k_with_a_zero_point(isa: str) -> None:
+    for m, n in WAYS:
+        w = torch.full((n, MAX_K_AFFINE), -128, dtype=torch.int8)
+        for code, zero_point, wanted in ((-128, 127, 255 * 128), (127, -128, -255 * 128)):
+            x = torch.full((m, MAX_K_AFFINE), code, dtype=torch.int8)
+            for count in (1, 2):
+                with forced(isa), threads(count):
+                    got = ops.int8_linear(x, ops.pack(w), torch.ones(n), None, None, 1.0, zero_point)
+                assert torch.equal(got, torch.full((m, n), float(wanted * MAX_K_AFFINE))), (m, n, code, count)
+
+
 def layouts(t: Tensor) -> dict[str, Tensor]:
     """One matrix of values in every way that it can lie in memory."""
     rows, columns = t.shape
@@ -909,6 +937,19 @@ def test_a_truncated_or_longer_pack_is_refused() -> None:
     for size in (0, 1, 63, 64, 65, 128, pack.numel() - 64, pack.numel() - 1):
         refused_by_all_readers(guarded(pack[:size].clone()), 17, 5)
     refused_by_all_readers(torch.cat([pack, pack[:64]]), 17, 5)
+
+
+@pytest.mark.parametrize("fill", [255, 128, 127, None])
+@pytest.mark.parametrize("isa", isa_levels())
+def test_packs_of_garbage_give_numbers_and_read_nothing_outside(isa: str, fill: int | None) -> None:
+    for n, k in ((3, 5), (40, 600), (300, 9)):
+        pack = ops.pack(s8(n, k))
+        pack[64:] = torch.randint(0, 256, (pack.numel() - 64,)) if fill is None else fill
+        pack, scale = guarded(pack), torch.ones(n)
+        with forced(isa):
+            for m in (1, 3, 20, 130):
+                assert ops.int8_linear(guarded(torch.randn(m, k)), pack, scale).shape == (m, n)
+        assert ops.unpack(pack).shape == (n, k)
 
 
 def test_sizes_that_would_overflow_are_refused() -> None:

@@ -148,6 +148,22 @@ def test_extreme_codes_are_exact(isa: str, kind: str, fill: str) -> None:
             assert_right(w, x, None, None, w.run(x), sign)
 
 
+@pytest.mark.parametrize("fill", ["min", "max"])
+@pytest.mark.parametrize("kind", ["s8", "g32", "g128 affine"])
+@pytest.mark.parametrize("isa", isa_levels())
+def test_extreme_codes_at_the_limit_of_k(isa: str, kind: str, fill: str) -> None:
+    k = 131071
+    w = Weight(kind, 17, k, fill)
+    for m in (1, 3, 13):
+        x = torch.full((m, k), -1.0)
+        results = []
+        for count in (1, 2):
+            with forced(isa), threads(count):
+                results.append(w.run(x))
+        assert_right(w, x, None, None, results[0], m)
+        assert same_bits(*results), m
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_levels_agree_to_the_bit(kind: str, dtype: torch.dtype) -> None:
@@ -348,6 +364,22 @@ def test_a_damaged_header_is_refused(change: dict[int, int]) -> None:
             ops.describe(w.pack[:length])
         with pytest.raises(ValueError, match="weight must be a u4 pack"):
             ops.weight_only_linear(torch.randn(1, 64), w.pack[:length])
+
+
+@pytest.mark.parametrize("fill", [255, 128, 127, None])
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("isa", isa_levels())
+def test_packs_of_garbage_give_numbers_and_read_nothing_outside(isa: str, kind: str, fill: int | None) -> None:
+    for n, k in ((1, 1), (40, 600), (300, 9)):
+        w = Weight(kind, n, k)
+        w.pack[64:] = torch.randint(0, 256, (w.pack.numel() - 64,)) if fill is None else fill
+        w.pack = guarded(w.pack)
+        with forced(isa):
+            for m in (1, 3, 20):
+                assert w.run(guarded(torch.randn(m, k))).shape == (m, n)
+        for read in (ops.unpack, ops.unpack_scales):
+            with contextlib.suppress(ValueError):
+                read(w.pack)
 
 
 # --- quantize_groups --------------------------------------------------------------------------------------------------

@@ -357,9 +357,7 @@ FS_INLINE void add_bregman(Bregman& b, const Vecs<kVecs>& s, const Vecs<kVecs>& 
       each([](F p, F t, F d) { return S::mul(p, S::zero_where_equal(t, minus_inf(), d)); }, p_t, t, d);
   const Vecs<kVecs> near = each([](F w, F d, F x) { return S::mul(S::mul(w, d), x); }, weighted, d, series);
   const Vecs<kVecs> far = each([](F w, F p_s, F p_t) { return S::add(w, S::sub(p_s, p_t)); }, weighted, p_s, p_t);
-  const auto choose = [](F d, F near, F far) {
-    return S::select_negative(S::fma(d, d, S::set1(-4.0f)), near, far);
-  };
+  const auto choose = [](F d, F near, F far) { return S::select_negative(S::fma(d, d, S::set1(-4.0f)), near, far); };
   b.kl = each(add, b.kl, each(choose, d, near, far));
   b.mean_d = each(add, b.mean_d, weighted);
 }

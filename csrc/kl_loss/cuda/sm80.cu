@@ -9,8 +9,8 @@
 //          row, and those where a pointer is at no multiple of 16 bytes, go one by one.
 // Bound    bytes: 12 a logit (float32, with gradient) while rows under way stay in L2, else 20. Per logit 4 (with
 //          targets and T != 1: 6) exp2f.
-// Registers 64 at most in blocks, 72 in warps (80 on sm_90), no spills (nvcc 13.0); 1320 bytes of shared memory. A
-//          block of 1024 threads has no more, so one of them, or 4 of 256, are on an SM.
+// Registers 64 at most in blocks, 80 in warps (left alone up to 87, and a block less on an SM), no spills (nvcc 13.0);
+//          1320 bytes of shared memory. A block of 1024 threads has no more, so one of them, or 4 of 256, are on an SM.
 // Measured never run on hardware.
 #include "sm80.h"
 
@@ -393,7 +393,7 @@ __device__ __forceinline__ void row_of(const Loss<T, G>& l, const Team& team, in
 
 // Warp w of block b takes row b * kThreads / 32 + w, and so on in steps of the grid.
 template <bool kThree, class T, class G>
-__global__ void __launch_bounds__(kThreads, 2) rows_by_warp(Loss<T, G> l) {
+__global__ void __launch_bounds__(kThreads, 3) rows_by_warp(Loss<T, G> l) {
   constexpr int kRows = kThreads / 32;
   const WarpTeam team{static_cast<int>(threadIdx.x) % 32};
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / 32; row < l.rows;
