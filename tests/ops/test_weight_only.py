@@ -154,7 +154,7 @@ def test_extreme_codes_are_exact(isa: str, kind: str, fill: str) -> None:
 def test_extreme_codes_at_the_limit_of_k(isa: str, kind: str, fill: str) -> None:
     k = 131071
     w = Weight(kind, 17, k, fill)
-    for m in (1, 3, 13):
+    for m in (1, 5):
         x = torch.full((m, k), -1.0)
         results = []
         for count in (1, 2):
