@@ -66,13 +66,16 @@ void check(const std::vector<const Kernels*>& table_rows) {
   RowsArgs a{};
   a.dtype = static_cast<DType>(uniform(0, 2));
   const size_t size = a.dtype == DType::f32 ? 4 : 2, grad_size = a.dtype == DType::bf16 ? 2 : 4;
-  const int kind = static_cast<int>(uniform(0, 4));  // far apart, close, masked, not finite, rising by up to 600
+  // far apart, close, masked, not finite, rising by up to 600, close but for a constant
+  const int kind = static_cast<int>(uniform(0, 5));
   Guarded student(static_cast<size_t>(rows * stride) * size, 0xff), teacher(student.bytes, 0xff);
   std::normal_distribution<float> normal;
   std::vector<double> s(static_cast<size_t>(rows * classes)), t(s.size());
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < classes; ++c) {
-      float vs = 2 * normal(generator), vt = kind == 1 ? vs + 0.01f * normal(generator) : 2 * normal(generator);
+      float vs = 2 * normal(generator),
+            vt = kind == 1 || kind == 5 ? vs + 0.01f * normal(generator) : 2 * normal(generator);
+      if (kind == 5) vt += 30;
       if (kind == 4) vt += 0.05f * static_cast<float>(c % 12000);
       if ((kind == 2 || kind == 3) && uniform(0, 9) == 0) vt = -INFINITY;
       if ((kind == 2 || kind == 3) && uniform(0, 99) == 0) vs = vt = -INFINITY;
