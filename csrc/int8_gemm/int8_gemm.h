@@ -107,6 +107,8 @@ struct TileArgs {
   int64_t prefetch_ahead;  // > 0: weights are prefetched so many bytes ahead of their use (few rows, from L3 or DRAM)
   const int8_t* prefetch_next;  // not null: prefetch_bytes from here go to L2 meanwhile (many rows: the next panel)
   int64_t prefetch_bytes;
+  const char* y;     // not null: where row 0 of the result goes; many rows bring its lines meanwhile, to be written
+  int64_t y_stride;  // bytes
 };
 
 struct EpilogueArgs {

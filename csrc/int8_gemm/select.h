@@ -48,4 +48,7 @@ bool in_l2(int64_t n, int64_t k);
 int64_t prefetch_ahead(int64_t n, int64_t k);
 int64_t weight_only_prefetch_ahead(int64_t weight_bytes);
 
+// True: tiles of many rows bring the lines of their result to be written, so that stores do not wait for them.
+bool prefetch_result();
+
 }  // namespace fs::int8_gemm

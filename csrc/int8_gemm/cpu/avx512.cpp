@@ -11,7 +11,7 @@
 // Bound    per 4 k of 14 x 32: 28 vpdpbusd on two ports = 14 cycles, 16 loads = 8 cycles: compute, once the weights
 //          are in L2. One row: the read bandwidth of the level the weights lie in.
 // Prefetch of weights beyond L2 alone: the next column panel comes to L2 (prefetcht1) evenly under the current one;
-//          few rows ask for 1 KB ahead (prefetcht0).
+//          few rows ask for 1 KB ahead (prefetcht0). The lines of y come at a tile's start, to be written at its end.
 // Measured docs/kernels/int8_gemm.md
 #include "../../runtime/simd/avx512.h"
 
@@ -162,6 +162,9 @@ inline void store(const Sums<kCount, kVecs>& s, int32_t* acc) {
 constexpr int64_t kBlockSteps = kBlockBytes / kStepK;
 constexpr int64_t kStepBytes = kPanelColumns * kStepK;  // of weights, per column panel
 
+// For writing. By mnemonic: the intrinsic wants a flag, and a CPU without the feature takes it for a no-op.
+inline void prefetch_to_write(const char* p) { asm volatile("prefetchw %0" : : "m"(*p)); }
+
 // Many rows; kPrefetch: the next column panel comes to L2 under this one, `ahead` bytes a step.
 template <bool kPrefetch, int kCount, int kVecs>
 __attribute__((always_inline)) inline void multiply_many(const TileArgs& t, Sums<kCount, kVecs>& sums) {
@@ -169,20 +172,31 @@ __attribute__((always_inline)) inline void multiply_many(const TileArgs& t, Sums
   const int8_t* next = t.prefetch_next;
   const int64_t ahead = t.k_steps == 0 ? 0 : (t.prefetch_bytes + t.k_steps - 1) / t.k_steps;
   start(sums, t.column_sum, _mm512_set1_epi32(-t.offset));
+  const auto one_step = [&](const uint8_t* a) __attribute__((always_inline)) {
+    if constexpr (kPrefetch) {
+      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(next + 64), _MM_HINT_T1);
+      next += ahead;
+    }
+    Vecs<kVecs> b;
+    load(b, w, t.panel_stride);
+    step(sums, b, a);
+    w += kStepBytes;
+  };
   const uint8_t* block = t.panel;
+  const char* y = t.y;
   for (int64_t left = t.k_steps; left > 0; left -= kBlockSteps, block += t.block_stride) {
     const uint8_t* a = block;
     const uint8_t* end = a + kStepK * (left < kBlockSteps ? left : kBlockSteps);
-    for (; a != end; a += kStepK, w += kStepBytes) {
-      if constexpr (kPrefetch) {
-        _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(next + 64), _MM_HINT_T1);
-        next += ahead;
+    if (y != nullptr) {  // a row of it a step: all at once would hold up the loads
+      for (int row = 0; row < kCount && a != end; ++row, y += t.y_stride, a += kStepK) {
+        prefetch_to_write(y);
+        prefetch_to_write(y + 64);
+        one_step(a);
       }
-      Vecs<kVecs> b;
-      load(b, w, t.panel_stride);
-      step(sums, b, a);
+      y = nullptr;
     }
+    for (; a != end; a += kStepK) one_step(a);
   }
 }
 

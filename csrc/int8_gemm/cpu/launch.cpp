@@ -60,35 +60,37 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
   const int64_t n_padded = round_up(n_end, kPanelColumns);
   const int64_t stride = w.panel_stride();
   if (kernels.enter != nullptr) kernels.enter(w.column_sum + n_begin, n_padded - n_begin, offset, s.start);
+  TileArgs t;
+  t.block_stride = s.block_stride;
+  t.panel_stride = stride;
+  t.offset = offset;
+  t.k_steps = vnni16::padded_k(w.k) / kStepK;
+  t.acc = s.acc;
+  t.in_l2 = in_l2(w.n, w.k);
+  t.prefetch_ahead = prefetch_ahead(w.n, w.k);
+  t.y = nullptr;
   for (int64_t n = n_begin; n < n_end; n += width) {
     const int64_t columns = std::min(width, n_padded - n);
     const int8_t* weight = w.data + n / kPanelColumns * stride;
     const int64_t next_columns = std::min(width, n_padded - n - columns);
+    // Each row tile brings its share of the next column panel to L2.
+    const int64_t share = t.in_l2 || next_columns <= 0 ? 0 : ceil_div(next_columns / kPanelColumns * stride, tiles);
+    const int8_t* next = share == 0 ? nullptr : weight + columns / kPanelColumns * stride;
     // One panel at a time: rows that are many enough have tiles of one.
     const bool widen = kernels.widen_weights != nullptr && tiles >= kTilesToWiden && columns == kPanelColumns;
-    if (widen) kernels.widen_weights(weight, vnni16::padded_k(w.k) / kStepK, s.widened);
+    if (widen) kernels.widen_weights(weight, t.k_steps, s.widened);
+    t.weight = weight;
+    t.widened = widen ? s.widened : nullptr;
+    t.columns = columns;
+    t.column_sum = w.column_sum + n;
+    t.start = s.start + (n - n_begin);
+    t.prefetch_bytes = share;
+    t.prefetch_next = next;
     for (int64_t row = 0; row < rows; row += tile_rows) {
-      TileArgs t;
       t.panel = s.panel + row * kRowStride;
-      t.block_stride = s.block_stride;
       t.rows = std::min(tile_rows, rows - row);
-      t.weight = weight;
-      t.widened = widen ? s.widened : nullptr;
-      t.panel_stride = stride;
-      t.columns = columns;
-      t.column_sum = w.column_sum + n;
-      t.offset = offset;
-      t.start = s.start + (n - n_begin);
-      t.k_steps = vnni16::padded_k(w.k) / kStepK;
-      t.acc = s.acc;
-      t.in_l2 = in_l2(w.n, w.k);
-      t.prefetch_ahead = prefetch_ahead(w.n, w.k);
-      // Each row tile brings its share of the next column panel to L2.
-      const int64_t share = ceil_div(next_columns / kPanelColumns * stride, tiles);
-      t.prefetch_next =
-          t.in_l2 || next_columns <= 0 ? nullptr : weight + columns / kPanelColumns * stride + row / tile_rows * share;
-      t.prefetch_bytes = share;
       run(t, row, n, std::min(columns, n_end - n));
+      if (next != nullptr) t.prefetch_next += share;
     }
   }
   if (kernels.leave != nullptr) kernels.leave();
@@ -123,6 +125,7 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
   const int64_t x_bytes = args.x_codes ? 1 : element_bytes(args.dtype);
   const int64_t residual_bytes = element_bytes(args.y_dtype);
   const int64_t y_bytes = args.requantize ? 1 : element_bytes(args.y_dtype);
+  const bool prefetch_y = prefetch_result();
   split(args.m, args.n, args.k, split_rows(kernels, args.m, args.n, args.k),
         [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
           const int64_t chunk = chunk_rows(kernels, row_end - row_begin, args.k);
@@ -138,7 +141,7 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
                                 args.x_scale, args.x_zero_point, s.scale});
             const float* scale = args.x_scales == nullptr ? s.scale : args.x_scales + m;
             for_each_tile(kernels, s, rows, w, n_begin, n_end, offset,
-                          [&](const TileArgs& t, int64_t row, int64_t n, int64_t columns) {
+                          [&](TileArgs& t, int64_t row, int64_t n, int64_t columns) {
                             EpilogueArgs e;
                             e.acc = s.acc;
                             e.rows = t.rows;
@@ -158,6 +161,8 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
                             e.requantize = args.requantize;
                             e.y_scale = args.y_scale;
                             e.y_zero_point = args.y_zero_point;
+                            t.y = prefetch_y ? static_cast<const char*>(e.y) : nullptr;
+                            t.y_stride = args.n * y_bytes;
                             if (kernels.tile_to_y != nullptr && kernels.tile_to_y(t, e)) return;
                             kernels.tile(t);
                             kernels.epilogue(e);
