@@ -47,59 +47,59 @@ struct Vecs {
 template <>
 struct Vecs<0> {};
 
-inline void load(Vecs<0>&, const int8_t*, int64_t) {}
+[[gnu::always_inline]] inline void load(Vecs<0>&, const int8_t*, int64_t) {}
 template <int kVecs>
-inline void load(Vecs<kVecs>& b, const int8_t* w, int64_t panel_stride) {
+[[gnu::always_inline]] inline void load(Vecs<kVecs>& b, const int8_t* w, int64_t panel_stride) {
   load(b.rest, w, panel_stride);
   b.v = _mm512_loadu_si512(w + (kVecs - 1) * panel_stride);
 }
 
 // Several rows use a weight: it is loaded once. gcc 12 would read memory again for each.
-inline void hold(Vecs<0>&) {}
+[[gnu::always_inline]] inline void hold(Vecs<0>&) {}
 template <int kVecs>
-inline void hold(Vecs<kVecs>& b) {
+[[gnu::always_inline]] inline void hold(Vecs<kVecs>& b) {
   hold(b.rest);
   asm("" : "+v"(b.v));
 }
 
-inline void prefetch(Vecs<0>, const int8_t*, int64_t) {}
+[[gnu::always_inline]] inline void prefetch(Vecs<0>, const int8_t*, int64_t) {}
 template <int kVecs>
-inline void prefetch(Vecs<kVecs>, const int8_t* w, int64_t panel_stride) {
+[[gnu::always_inline]] inline void prefetch(Vecs<kVecs>, const int8_t* w, int64_t panel_stride) {
   prefetch(Vecs<kVecs - 1>(), w, panel_stride);
   _mm_prefetch(reinterpret_cast<const char*>(w + (kVecs - 1) * panel_stride), _MM_HINT_T0);
 }
 
-inline void start(Vecs<0>&, const int32_t*, __m512i) {}
+[[gnu::always_inline]] inline void start(Vecs<0>&, const int32_t*, __m512i) {}
 template <int kVecs>
-inline void start(Vecs<kVecs>& s, const int32_t* column_sum, __m512i offset) {
+[[gnu::always_inline]] inline void start(Vecs<kVecs>& s, const int32_t* column_sum, __m512i offset) {
   start(s.rest, column_sum, offset);
   s.v = _mm512_mullo_epi32(Simd::load_s32(column_sum + 16 * (kVecs - 1)), offset);
 }
 
-inline void clear(Vecs<0>&) {}
+[[gnu::always_inline]] inline void clear(Vecs<0>&) {}
 template <int kVecs>
-inline void clear(Vecs<kVecs>& s) {
+[[gnu::always_inline]] inline void clear(Vecs<kVecs>& s) {
   clear(s.rest);
   s.v = _mm512_setzero_si512();
 }
 
-inline void multiply_add(Vecs<0>&, const Vecs<0>&, __m512i) {}
+[[gnu::always_inline]] inline void multiply_add(Vecs<0>&, const Vecs<0>&, __m512i) {}
 template <int kVecs>
-inline void multiply_add(Vecs<kVecs>& s, const Vecs<kVecs>& b, __m512i a) {
+[[gnu::always_inline]] inline void multiply_add(Vecs<kVecs>& s, const Vecs<kVecs>& b, __m512i a) {
   multiply_add(s.rest, b.rest, a);
   s.v = _mm512_dpbusd_epi32(s.v, a, b.v);
 }
 
-inline void store(const Vecs<0>&, int32_t*) {}
+[[gnu::always_inline]] inline void store(const Vecs<0>&, int32_t*) {}
 template <int kVecs>
-inline void store(const Vecs<kVecs>& s, int32_t* acc) {
+[[gnu::always_inline]] inline void store(const Vecs<kVecs>& s, int32_t* acc) {
   store(s.rest, acc);
   _mm512_storeu_si512(acc + 16 * (kVecs - 1), s.v);
 }
 
-inline void add(Vecs<0>&, const Vecs<0>&) {}
+[[gnu::always_inline]] inline void add(Vecs<0>&, const Vecs<0>&) {}
 template <int kVecs>
-inline void add(Vecs<kVecs>& s, const Vecs<kVecs>& other) {
+[[gnu::always_inline]] inline void add(Vecs<kVecs>& s, const Vecs<kVecs>& other) {
   add(s.rest, other.rest);
   s.v = _mm512_add_epi32(s.v, other.v);
 }
@@ -114,47 +114,47 @@ template <int kVecs>
 struct Sums<0, kVecs> {};
 
 template <int kVecs>
-inline void start(Sums<0, kVecs>&, const int32_t*, __m512i) {}
+[[gnu::always_inline]] inline void start(Sums<0, kVecs>&, const int32_t*, __m512i) {}
 template <int kCount, int kVecs>
-inline void start(Sums<kCount, kVecs>& s, const int32_t* column_sum, __m512i offset) {
+[[gnu::always_inline]] inline void start(Sums<kCount, kVecs>& s, const int32_t* column_sum, __m512i offset) {
   start(s.above, column_sum, offset);
   start(s.row, column_sum, offset);
 }
 
 template <int kVecs>
-inline void clear(Sums<0, kVecs>&) {}
+[[gnu::always_inline]] inline void clear(Sums<0, kVecs>&) {}
 template <int kCount, int kVecs>
-inline void clear(Sums<kCount, kVecs>& s) {
+[[gnu::always_inline]] inline void clear(Sums<kCount, kVecs>& s) {
   clear(s.above);
   clear(s.row);
 }
 
-inline __m512i broadcast4(const uint8_t* a) {  // 4 k of one row, for 16 columns
+[[gnu::always_inline]] inline __m512i broadcast4(const uint8_t* a) {  // 4 k of one row, for 16 columns
   int32_t four;
   memcpy(&four, a, 4);
   return _mm512_set1_epi32(four);
 }
 
 template <int kVecs>
-inline void step(Sums<0, kVecs>&, const Vecs<kVecs>&, const uint8_t*) {}
+[[gnu::always_inline]] inline void step(Sums<0, kVecs>&, const Vecs<kVecs>&, const uint8_t*) {}
 template <int kCount, int kVecs>
-inline void step(Sums<kCount, kVecs>& s, const Vecs<kVecs>& b, const uint8_t* a) {
+[[gnu::always_inline]] inline void step(Sums<kCount, kVecs>& s, const Vecs<kVecs>& b, const uint8_t* a) {
   step(s.above, b, a);
   multiply_add(s.row, b, broadcast4(a + (kCount - 1) * kRowStride));
 }
 
 template <int kVecs>
-inline void add(Sums<0, kVecs>&, const Sums<0, kVecs>&) {}
+[[gnu::always_inline]] inline void add(Sums<0, kVecs>&, const Sums<0, kVecs>&) {}
 template <int kCount, int kVecs>
-inline void add(Sums<kCount, kVecs>& s, const Sums<kCount, kVecs>& other) {
+[[gnu::always_inline]] inline void add(Sums<kCount, kVecs>& s, const Sums<kCount, kVecs>& other) {
   add(s.above, other.above);
   add(s.row, other.row);
 }
 
 template <int kVecs>
-inline void store(const Sums<0, kVecs>&, int32_t*) {}
+[[gnu::always_inline]] inline void store(const Sums<0, kVecs>&, int32_t*) {}
 template <int kCount, int kVecs>
-inline void store(const Sums<kCount, kVecs>& s, int32_t* acc) {
+[[gnu::always_inline]] inline void store(const Sums<kCount, kVecs>& s, int32_t* acc) {
   store(s.above, acc);
   store(s.row, acc + (kCount - 1) * kMaxTileColumns);
 }
@@ -163,7 +163,7 @@ constexpr int64_t kBlockSteps = kBlockBytes / kStepK;
 constexpr int64_t kStepBytes = kPanelColumns * kStepK;  // of weights, per column panel
 
 // For writing. By mnemonic: the intrinsic wants a flag, and a CPU without the feature takes it for a no-op.
-inline void prefetch_to_write(const char* p) { asm volatile("prefetchw %0" : : "m"(*p)); }
+[[gnu::always_inline]] inline void prefetch_to_write(const char* p) { asm volatile("prefetchw %0" : : "m"(*p)); }
 
 // Many rows; kPrefetch: the next column panel comes to L2 under this one, `ahead` bytes a step.
 template <bool kPrefetch, int kCount, int kVecs>

@@ -49,11 +49,17 @@ struct ChunkScratch {
   }
 };
 
+// Where a chunk's result goes: its row 0, column 0 of the weight.
+struct Result {
+  const void* data;
+  int64_t row_bytes, element_bytes;
+};
+
 // All tiles of a chunk of `rows` rows over columns [n_begin, n_end): `run(tile, row, column, columns)` for each. Column
 // panels outside, row tiles inside: a column panel is read from L2 once a chunk and stays in L1.
 template <class Run>
 void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, const Weight& w, int64_t n_begin,
-                   int64_t n_end, int32_t offset, const Run& run) {
+                   int64_t n_end, int32_t offset, const Result& y, const Run& run) {
   const int64_t tiles = ceil_div(rows, kernels.max_rows);
   const int64_t tile_rows = round_up(ceil_div(rows, tiles), kernels.row_step);  // even: 26 rows are 13 + 13
   const int64_t width = columns_for(kernels, tile_rows);
@@ -69,6 +75,8 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
   t.in_l2 = in_l2(w.n, w.k);
   t.prefetch_ahead = prefetch_ahead(w.n, w.k);
   t.y = nullptr;
+  t.y_stride = y.row_bytes;
+  const bool prefetch_y = prefetch_result();
   for (int64_t n = n_begin; n < n_end; n += width) {
     const int64_t columns = std::min(width, n_padded - n);
     const int8_t* weight = w.data + n / kPanelColumns * stride;
@@ -89,6 +97,7 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
     for (int64_t row = 0; row < rows; row += tile_rows) {
       t.panel = s.panel + row * kRowStride;
       t.rows = std::min(tile_rows, rows - row);
+      if (prefetch_y) t.y = static_cast<const char*>(y.data) + row * y.row_bytes + n * y.element_bytes;
       run(t, row, n, std::min(columns, n_end - n));
       if (next != nullptr) t.prefetch_next += share;
     }
@@ -125,7 +134,6 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
   const int64_t x_bytes = args.x_codes ? 1 : element_bytes(args.dtype);
   const int64_t residual_bytes = element_bytes(args.y_dtype);
   const int64_t y_bytes = args.requantize ? 1 : element_bytes(args.y_dtype);
-  const bool prefetch_y = prefetch_result();
   split(args.m, args.n, args.k, split_rows(kernels, args.m, args.n, args.k),
         [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
           const int64_t chunk = chunk_rows(kernels, row_end - row_begin, args.k);
@@ -140,8 +148,9 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
               kernels.quantize({x, args.dtype, args.x_stride, rows, args.k, s.panel, s.block_stride, args.dynamic,
                                 args.x_scale, args.x_zero_point, s.scale});
             const float* scale = args.x_scales == nullptr ? s.scale : args.x_scales + m;
-            for_each_tile(kernels, s, rows, w, n_begin, n_end, offset,
-                          [&](TileArgs& t, int64_t row, int64_t n, int64_t columns) {
+            const Result y{static_cast<const char*>(args.y) + m * args.n * y_bytes, args.n * y_bytes, y_bytes};
+            for_each_tile(kernels, s, rows, w, n_begin, n_end, offset, y,
+                          [&](const TileArgs& t, int64_t row, int64_t n, int64_t columns) {
                             EpilogueArgs e;
                             e.acc = s.acc;
                             e.rows = t.rows;
@@ -161,8 +170,6 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
                             e.requantize = args.requantize;
                             e.y_scale = args.y_scale;
                             e.y_zero_point = args.y_zero_point;
-                            t.y = prefetch_y ? static_cast<const char*>(e.y) : nullptr;
-                            t.y_stride = args.n * y_bytes;
                             if (kernels.tile_to_y != nullptr && kernels.tile_to_y(t, e)) return;
                             kernels.tile(t);
                             kernels.epilogue(e);
@@ -235,7 +242,8 @@ void matmul(const Kernels& kernels, const MatmulArgs& args) {
         const int64_t rows = std::min(chunk, row_end - m);
         if (n0 == n_begin || chunk < row_end - row_begin)  // a single chunk stays widened
           kernels.widen({args.a + m * args.a_stride, args.a_stride, rows, args.k, s.panel, s.block_stride});
-        for_each_tile(kernels, s, rows, w, 0, n1 - n0, kernels.panel_offset,
+        const Result c{args.c + m * args.n + n0, args.n * 4, 4};
+        for_each_tile(kernels, s, rows, w, 0, n1 - n0, kernels.panel_offset, c,
                       [&](const TileArgs& t, int64_t row, int64_t n, int64_t columns) {
                         kernels.tile(t);
                         for (int64_t r = 0; r < t.rows; ++r)
