@@ -307,7 +307,7 @@ Tensor pack_cpu(Tensor weight) {
   if (k > kMaxK)
     fail("int8_pack", "K must be at most " + std::to_string(kMaxK) + " for the sums to be exact in int32, got " +
                           shape_of("weight", weight));
-  Tensor out = empty(weight, std::array{vnni16::pack_bytes(n, k)}.data(), 1, ScalarType::Byte);
+  Tensor out = empty_pack(weight, vnni16::pack_bytes(n, k));
   vnni16::pack(static_cast<const int8_t*>(weight.const_data_ptr()), weight.stride(0), weight.stride(1), n, k,
                static_cast<uint8_t*>(out.mutable_data_ptr()));
   return out;

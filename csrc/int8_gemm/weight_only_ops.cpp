@@ -200,7 +200,7 @@ Tensor u4_pack_cpu(Tensor codes, Tensor scale, std::optional<Tensor> zero_point,
   const auto* bits = static_cast<const uint16_t*>(scales.const_data_ptr());
   for (int64_t i = 0; i < scales.numel(); ++i)
     if ((bits[i] & 0x7c00) == 0x7c00) fail(kPack, "scale must be finite, got a NaN or an infinity in it");
-  Tensor out = empty(codes, std::array{layout.bytes()}.data(), 1, ScalarType::Byte);
+  Tensor out = empty_pack(codes, layout.bytes());
   u4::pack(layout, static_cast<const uint8_t*>(values.const_data_ptr()), layout.k, 1, bits,
            affine ? static_cast<const uint8_t*>(points.const_data_ptr()) : nullptr,
            static_cast<uint8_t*>(out.mutable_data_ptr()));

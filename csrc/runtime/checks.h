@@ -10,6 +10,7 @@
 #include <string>
 
 #include "dtype.h"
+#include "huge_pages.h"
 
 namespace fs {
 
@@ -101,6 +102,13 @@ inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims, Scal
       aoti_torch_empty_strided(dims, sizes, strides, code, device_type, device_index, &handle) != 0)
     throw std::runtime_error("torch could not allocate a tensor of the result's size");
   return Tensor(handle);
+}
+
+// The uint8 vector that a pack of `like`, a tensor on the CPU, is written to: huge pages where the system gives them.
+inline Tensor empty_pack(const Tensor& like, int64_t bytes) {
+  Tensor pack = empty(like, &bytes, 1, ScalarType::Byte);
+  advise_huge_pages(pack.mutable_data_ptr(), bytes);
+  return pack;
 }
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

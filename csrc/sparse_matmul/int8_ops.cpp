@@ -141,7 +141,7 @@ Tensor pack_cpu(Tensor weight, int64_t block) {
   const std::vector<uint8_t> bytes = block == 0
                                          ? bitmap_s8::pack(data, weight.stride(0), weight.stride(1), n, k)
                                          : blocks_s8::pack(data, weight.stride(0), weight.stride(1), n, k, block);
-  Tensor out = empty(weight, std::array{static_cast<int64_t>(bytes.size())}.data(), 1, ScalarType::Byte);
+  Tensor out = empty_pack(weight, static_cast<int64_t>(bytes.size()));
   std::memcpy(out.mutable_data_ptr(), bytes.data(), bytes.size());
   return out;
 }

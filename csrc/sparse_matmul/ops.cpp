@@ -165,7 +165,7 @@ Tensor pack_cpu(Tensor weight, int64_t format, int64_t block) {
                   ", got " + shape_of("weight", weight));
   const std::vector<uint8_t> bytes = formats::pack(*packed, static_cast<const float*>(weight.const_data_ptr()),
                                                    weight.stride(0), weight.stride(1), n, k);
-  Tensor out = empty(weight, std::array{static_cast<int64_t>(bytes.size())}.data(), 1, ScalarType::Byte);
+  Tensor out = empty_pack(weight, static_cast<int64_t>(bytes.size()));
   std::memcpy(out.mutable_data_ptr(), bytes.data(), bytes.size());
   return out;
 }
@@ -219,7 +219,7 @@ Tensor half_pack_cpu(Tensor weight, int64_t format) {
   } else {
     fail(kOp, "format must be 2 (bitmap32), 5 (nm24) or 14 (blocks16), got " + std::to_string(format));
   }
-  Tensor out = empty(weight, std::array{static_cast<int64_t>(bytes.size())}.data(), 1, ScalarType::Byte);
+  Tensor out = empty_pack(weight, static_cast<int64_t>(bytes.size()));
   std::memcpy(out.mutable_data_ptr(), bytes.data(), bytes.size());
   return out;
 }

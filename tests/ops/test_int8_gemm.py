@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -880,6 +882,30 @@ def test_unpack_gives_the_weight_back(n: int, k: int) -> None:
 def test_packs_hold_every_value() -> None:
     w = torch.arange(-128, 128, dtype=torch.int8).repeat(3, 1)
     assert torch.equal(ops.unpack(ops.pack(w)), w)
+
+
+def flags_of_memory(address: int) -> list[str]:
+    """The kernel's flags of the mapping that this address lies in; none where it does not say."""
+    smaps = Path("/proc/self/smaps")
+    inside = False
+    for line in smaps.read_text().splitlines() if smaps.exists() else []:
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+def test_a_large_pack_asks_for_huge_pages() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system has no transparent huge pages")
+    w = s8(2048, 4096)
+    pack = ops.pack(w)
+    flags = flags_of_memory(pack.data_ptr() + pack.numel() // 2)
+    if not flags:
+        pytest.skip("this system does not say how memory is mapped")
+    assert "hg" in flags
+    assert torch.equal(ops.unpack(pack), w)
 
 
 @pytest.mark.parametrize("isa", isa_levels())
