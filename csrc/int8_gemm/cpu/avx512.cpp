@@ -38,7 +38,8 @@ constexpr int kRows = 14;
 constexpr int kFewRows = 6;
 constexpr int kManyColumns = 32;
 
-// Registers are named through nested structs, one level a row and one a vector: gcc 12 spills an array of them.
+// Registers are named through nested structs, one level a row and one a vector: gcc 12 spills an array of them, and
+// these too where it inlines late, which hangs on the size of the file: hence the attributes.
 template <int kVecs>
 struct Vecs {
   Vecs<kVecs - 1> rest;
