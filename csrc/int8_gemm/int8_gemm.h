@@ -97,7 +97,7 @@ struct TileArgs {
   const int8_t* weight;   // first column panel
   const int8_t* widened;  // what widen_weights() made of it, or null
   int64_t panel_stride;   // bytes between column panels: 16 * Kp
-  int64_t columns;        // a multiple of 16, at most columns_for(rows)
+  int64_t columns;        // a multiple of 16, at most columns_for(rows); any of one row if whole_row
   const int32_t* column_sum;
   int32_t offset;
   const int32_t* start;  // [columns], as enter() wrote it
@@ -105,6 +105,7 @@ struct TileArgs {
   int32_t* acc;
   bool in_l2;              // the whole weight fits L2
   int64_t prefetch_ahead;  // > 0: weights are prefetched so many bytes ahead of their use (few rows, from L3 or DRAM)
+  int64_t prefetch_pages;  // > 0: in the place of that, the beginnings of pages so many pages ahead (one or two rows)
   const int8_t* prefetch_next;  // not null: prefetch_bytes from here go to L2 meanwhile (many rows: the next panel)
   int64_t prefetch_bytes;
   const char* y;     // not null: where row 0 of the result goes; many rows bring its lines meanwhile, to be written
@@ -154,6 +155,7 @@ struct Kernels {
   // tile() and epilogue() in one, to the same bits, the sums never leaving the registers. False: nothing was done, this
   // tile or this epilogue is none of those that it knows. Null: it knows none.
   bool (*tile_to_y)(const TileArgs&, const EpilogueArgs&);
+  bool whole_row;  // a tile of one row takes any number of columns at once
 };
 
 // One per ISA file (cpu/<level>.cpp).

@@ -48,6 +48,11 @@ bool in_l2(int64_t n, int64_t k);
 int64_t prefetch_ahead(int64_t n, int64_t k);
 int64_t weight_only_prefetch_ahead(int64_t weight_bytes);
 
+// Pages ahead of its use that a page's beginning is prefetched; 0 where the weights lie in L2, or the CPU is not one
+// that this was measured on.
+int64_t prefetch_pages(int64_t n, int64_t k);
+int64_t weight_only_prefetch_pages(int64_t weight_bytes);
+
 // True: tiles of many rows bring the lines of their result to be written, so that stores do not wait for them.
 bool prefetch_result();
 

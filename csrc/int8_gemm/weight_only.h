@@ -64,6 +64,7 @@ struct GroupTileArgs {
   const float* scale_f32;  // tile_s8: [columns]
   float* acc;
   int64_t prefetch_ahead;  // > 0: codes of weights are prefetched so many bytes ahead of their use
+  int64_t prefetch_pages;  // > 0: in the place of that, where a tile can, the beginnings of pages so many pages ahead
 };
 
 struct FinishArgs {

@@ -177,6 +177,18 @@ bool amd() {
 #endif
 }
 
+bool zen4() {
+#if defined(__x86_64__)
+  static const bool is = [] {
+    unsigned eax, ebx, ecx, edx;
+    return amd() && __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 8 & 15) + (eax >> 20 & 255) == 25;
+  }();
+  return is;
+#else
+  return false;
+#endif
+}
+
 int64_t l2_bytes() {
   static const int64_t bytes = [] {
     const long got = sysconf(_SC_LEVEL2_CACHE_SIZE);

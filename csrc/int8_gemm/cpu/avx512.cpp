@@ -3,15 +3,16 @@
 //          it costs nothing.
 // Tile     up to 14 rows x 32 columns: 28 sums + 2 weights + 1 broadcast = 31 of 32 registers.
 //          Few rows (up to 6): 64 columns, four weight streams share a broadcast; 1 to 3 rows keep two sets of sums
-//          (even and odd steps), so that the latency of vpdpbusd stays hidden. One row, weights in L2: a single stream,
-//          eight steps side by side.
+//          (even and odd steps), so that the latency of vpdpbusd stays hidden. One row: a single stream, eight steps
+//          side by side, where is_stream() says so.
 // y        float32 without a residual is finished in the registers of a tile (tile_to_y); else sums go by memory.
 // Reads    vnni16: one 64-byte load per 16 columns x 4 k; x by vpbroadcastd, 4 k of one row.
 // Tails    n: the caller copies only its columns; k: weights are zero-padded; m: smaller instances.
 // Bound    per 4 k of 14 x 32: 28 vpdpbusd on two ports = 14 cycles, 16 loads = 8 cycles: compute, once the weights
 //          are in L2. One row: the read bandwidth of the level the weights lie in.
 // Prefetch of weights beyond L2 alone: the next column panel comes to L2 (prefetcht1) evenly under the current one;
-//          few rows ask for 1 KB ahead (prefetcht0). The lines of y come at a tile's start, to be written at its end.
+//          few rows ask for 1 KB ahead (prefetcht0), or for the beginnings of pages (prefetcht1), or for nothing:
+//          select.cpp. The lines of y come at a tile's start, to be written at its end.
 // Measured docs/kernels/int8_gemm.md
 #include "../../runtime/simd/avx512.h"
 
@@ -68,6 +69,27 @@ template <int kVecs>
 [[gnu::always_inline]] inline void prefetch(Vecs<kVecs>, const int8_t* w, int64_t panel_stride) {
   prefetch(Vecs<kVecs - 1>(), w, panel_stride);
   _mm_prefetch(reinterpret_cast<const char*>(w + (kVecs - 1) * panel_stride), _MM_HINT_T0);
+}
+
+// The prefetchers of the core end at a page's end and take some lines of the next to start again: its first lines come
+// to L2 beforehand, so many pages on.
+constexpr int64_t kPageBytes = 4096;
+inline bool begins_page(const void* p, int64_t bytes) {  // p is one of a page's first bytes, once for steps of so many
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % kPageBytes) < bytes;
+}
+inline void prefetch_page(const void* p, int64_t pages) {
+  const uintptr_t page = reinterpret_cast<uintptr_t>(p) / kPageBytes * kPageBytes + pages * kPageBytes;
+  _mm_prefetch(reinterpret_cast<const char*>(page), _MM_HINT_T1);
+  _mm_prefetch(reinterpret_cast<const char*>(page + 64), _MM_HINT_T1);
+  _mm_prefetch(reinterpret_cast<const char*>(page + 128), _MM_HINT_T1);
+  _mm_prefetch(reinterpret_cast<const char*>(page + 192), _MM_HINT_T1);
+}
+
+inline void prefetch_pages(Vecs<0>, const void*, int64_t, int64_t) {}
+template <int kVecs>
+inline void prefetch_pages(Vecs<kVecs>, const void* w, int64_t panel_stride, int64_t pages) {
+  prefetch_pages(Vecs<kVecs - 1>(), w, panel_stride, pages);
+  prefetch_page(static_cast<const int8_t*>(w) + (kVecs - 1) * panel_stride, pages);
 }
 
 [[gnu::always_inline]] inline void start(Vecs<0>&, const int32_t*, __m512i) {}
@@ -246,14 +268,16 @@ void tile_many_to_y(const TileArgs& t, const EpilogueArgs& e) {
 }
 
 // Few rows: one or two sets of sums.
-template <int kCount, int kVecs, bool kTwoSets>
+template <int kCount, int kVecs, bool kTwoSets, bool kPages = false>
 void tile_few(const TileArgs& t) {
   const int8_t* w = t.weight;
   Sums<kCount, kVecs> sums, odd;
   start(sums, t.column_sum, _mm512_set1_epi32(-t.offset));
   if constexpr (kTwoSets) clear(odd);
   const uint8_t* block = t.panel;
-  const bool far = t.prefetch_ahead > 0;
+  const bool far = !kPages && t.prefetch_ahead > 0;
+  // What lies pages ahead of a column stream's end is another panel's beginning: there, the next tile's is wanted.
+  [[maybe_unused]] const int8_t* turn = t.weight + t.panel_stride - t.prefetch_pages * kPageBytes;
   for (int64_t left = t.k_steps; left > 0; left -= kBlockSteps, block += t.block_stride) {
     const uint8_t* a = block;
     int64_t steps = left < kBlockSteps ? left : kBlockSteps;
@@ -263,6 +287,9 @@ void tile_few(const TileArgs& t) {
           prefetch(Vecs<kVecs>(), w + t.prefetch_ahead, t.panel_stride);
           prefetch(Vecs<kVecs>(), w + t.prefetch_ahead + kStepBytes, t.panel_stride);
         }
+        if (kPages && begins_page(w, 2 * kStepBytes))
+          prefetch_pages(Vecs<kVecs>(), w + (w < turn ? 0 : (kVecs - 1) * t.panel_stride), t.panel_stride,
+                         t.prefetch_pages);
         Vecs<kVecs> b;
         load(b, w, t.panel_stride);
         if constexpr (kCount > 1) hold(b);
@@ -318,46 +345,95 @@ inline void add(Sums<kCount, 1>& total, const Sets<kSets, kCount>& s) {
   add(total, s.sums);
 }
 
-// Few rows, weights in L2: one column panel after the other, read from its first
-// byte to its last; kSets steps side by side hide the latency of vpdpbusd.
-template <int kCount, int kSets>
-void tile_stream(const TileArgs& t) {
-  for (int64_t n = 0; n < t.columns; n += kPanelColumns) {
-    const int8_t* w = t.weight + n / kPanelColumns * t.panel_stride;
-    Sums<kCount, 1> sums;
-    Sets<kSets, kCount> sets;
-    start(sums, t.column_sum + n, _mm512_set1_epi32(-t.offset));
+// One row: one column panel after the other, read from its first byte to its last as one stream; eight steps side by
+// side hide the latency of vpdpbusd. put(n, sum) takes the sums of 16 columns. Everything that a panel needs lies in
+// registers: an address that waits for a load or for the vector pipes holds up the loads of the next panel.
+template <bool kPages, class Put>
+__attribute__((always_inline)) inline void stream_row(const TileArgs& t, const Put& put) {
+  constexpr int kSets = 8;
+  const int8_t* w = t.weight;
+  const uint8_t* const panel = t.panel;
+  const int64_t block_stride = t.block_stride, k_steps = t.k_steps, columns = t.columns, pages = t.prefetch_pages;
+  const int32_t* const column_sum = t.column_sum;
+  const __m512i offset = _mm512_set1_epi32(-t.offset);
+  for (int64_t n = 0; n < columns; n += kPanelColumns) {
+    Sums<1, 1> sums;
+    Sets<kSets, 1> sets;
+    start(sums, column_sum + n, offset);
     clear(sets);
-    const uint8_t* block = t.panel;
-    for (int64_t left = t.k_steps; left > 0; left -= kBlockSteps, block += t.block_stride) {
+    const uint8_t* block = panel;
+    for (int64_t left = k_steps; left > 0; left -= kBlockSteps, block += block_stride) {
       const uint8_t* a = block;
       int64_t i = left < kBlockSteps ? left : kBlockSteps;
-      for (; i >= kSets; i -= kSets, a += kSets * kStepK, w += kSets * kStepBytes) steps(sets, w, a);
+      for (; i >= kSets; i -= kSets, a += kSets * kStepK, w += kSets * kStepBytes) {
+        if (kPages && begins_page(w, kSets * kStepBytes)) prefetch_page(w, pages);
+        steps(sets, w, a);
+      }
       for (; i > 0; --i, a += kStepK, w += kStepBytes) {
         Vecs<1> b;
         load(b, w, 0);
-        if constexpr (kCount > 1) hold(b);
         step(sums, b, a);
       }
     }
     add(sums, sets);
-    store(sums, t.acc + n);
+    __m512i sum = sums.row.v;
+    asm("" : "+v"(sum));  // else gcc 12 keeps a copy of the sums in memory through the whole loop
+    put(n, sum);
   }
+}
+
+template <class Put>
+inline void stream_row(const TileArgs& t, const Put& put) {
+  if (t.prefetch_pages > 0)
+    stream_row<true>(t, put);
+  else
+    stream_row<false>(t, put);
+}
+
+// From L3 and DRAM Zen 4 reads short panels faster as one stream (K = 768, GB/s: 92 and 26 against 82 and 21 as four),
+// those of 64 KB as four (K = 4096: 74 and 26 against 74 and 27).
+constexpr int64_t kStreamBytes = 64 << 10;
+bool is_stream(const TileArgs& t) {
+  return t.rows == 1 && (t.in_l2 || (t.prefetch_pages > 0 && t.panel_stride < kStreamBytes));
+}
+
+void tile_stream(const TileArgs& t) {
+  int32_t* const acc = t.acc;
+  stream_row(t, [=](int64_t n, __m512i sum) { _mm512_storeu_si512(acc + n, sum); });
+}
+
+template <bool kRelu>
+void tile_stream_to_y(const TileArgs& t, const EpilogueArgs& e) {
+  const __m512 x_scale = _mm512_set1_ps(e.x_scale[0]);
+  const float* const weight_scale = e.weight_scale;
+  const float* const bias = e.bias;
+  float* const y = static_cast<float*>(e.y);
+  stream_row(t, [=](int64_t n, __m512i sum) {
+    const __m512 scale = _mm512_mul_ps(x_scale, _mm512_loadu_ps(weight_scale + n));
+    __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(bias ? bias + n : kNoBias));
+    if constexpr (kRelu) v = activate<fs::Activation::relu>(v);
+    _mm512_storeu_ps(y + n, v);
+  });
 }
 
 // Few rows over whatever is left of the columns: 64, then 16 at a time.
 template <int kCount>
 void few(const TileArgs& t) {
   constexpr bool kTwoSets = kCount <= 3;
-  if (kCount == 1 && t.in_l2) return tile_stream<1, 8>(t);
-  if (t.columns == kMaxTileColumns) return tile_few<kCount, 4, kTwoSets>(t);
+  if (kCount == 1 && is_stream(t)) return tile_stream(t);
   TileArgs part = t;
-  for (int64_t n = 0; n < t.columns; n += kPanelColumns) {
+  int64_t n = 0;
+  const auto skip = [&](int64_t columns) {
+    n += columns;
     part.weight = t.weight + n / kPanelColumns * t.panel_stride;
     part.column_sum = t.column_sum + n;
     part.acc = t.acc + n;
-    tile_few<kCount, 1, kTwoSets>(part);
-  }
+  };
+  if constexpr (kCount <= 2)
+    if (t.prefetch_pages > 0)
+      for (; n + kMaxTileColumns <= t.columns; skip(kMaxTileColumns)) tile_few<kCount, 4, kTwoSets, true>(part);
+  for (; n + kMaxTileColumns <= t.columns; skip(kMaxTileColumns)) tile_few<kCount, 4, kTwoSets>(part);
+  for (; n < t.columns; skip(kPanelColumns)) tile_few<kCount, 1, kTwoSets>(part);
 }
 
 template <int kCount>
@@ -406,13 +482,21 @@ void many_to_y(const TileArgs& t, const EpilogueArgs& e) {
   }
 }
 
-// Whole tiles of many rows whose y is float32 without a residual; gelu and silu would want registers that the sums
-// hold.
+// Whole tiles of many rows, or of one, whose y is float32 without a residual; gelu and silu would want registers that
+// the sums hold.
 bool tile_to_y(const TileArgs& t, const EpilogueArgs& e) {
   const bool relu = e.activation == fs::Activation::relu;
-  if (t.rows <= kFewRows || e.columns != kManyColumns || e.dtype != DType::f32 || e.requantize ||
-      e.residual != nullptr || !(relu || e.activation == fs::Activation::none))
+  if (e.dtype != DType::f32 || e.requantize || e.residual != nullptr ||
+      !(relu || e.activation == fs::Activation::none) || e.columns != t.columns)
     return false;
+  if (is_stream(t)) {
+    if (relu)
+      tile_stream_to_y<true>(t, e);
+    else
+      tile_stream_to_y<false>(t, e);
+    return true;
+  }
+  if (t.rows <= kFewRows || e.columns != kManyColumns) return false;
   if (relu)
     many_to_y<true>(t, e);
   else
@@ -443,4 +527,5 @@ const Kernels fs::int8_gemm::kAvx512 = {"avx512",
                                         nullptr,
                                         nullptr,
                                         &weight_only,
-                                        &tile_to_y};
+                                        &tile_to_y,
+                                        true};

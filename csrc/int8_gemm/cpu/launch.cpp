@@ -37,7 +37,9 @@ struct ChunkScratch {
     block_stride = round_up(rows, kernels.row_step) * kRowStride;
     const int64_t panel_bytes = round_up(blocks * block_stride, 64);
     const int64_t scale_bytes = round_up(rows * static_cast<int64_t>(sizeof(float)), 64);
-    const int64_t acc_bytes = kMaxTileRows * kMaxTileColumns * static_cast<int64_t>(sizeof(int32_t));
+    const int64_t sums = std::max<int64_t>(kMaxTileRows * kMaxTileColumns,
+                                           kernels.whole_row && rows == 1 ? round_up(columns, kPanelColumns) : 0);
+    const int64_t acc_bytes = sums * static_cast<int64_t>(sizeof(int32_t));
     const int64_t start_bytes = kernels.enter == nullptr ? 0 : round_up(columns, kPanelColumns) * 4;
     const int64_t widened_bytes = kernels.widen_weights == nullptr ? 0 : 2 * kPanelColumns * vnni16::padded_k(k);
     panel = scratch(static_cast<size_t>(panel_bytes + scale_bytes + acc_bytes + start_bytes + widened_bytes + extra));
@@ -62,8 +64,8 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
                    int64_t n_end, int32_t offset, const Result& y, const Run& run) {
   const int64_t tiles = ceil_div(rows, kernels.max_rows);
   const int64_t tile_rows = round_up(ceil_div(rows, tiles), kernels.row_step);  // even: 26 rows are 13 + 13
-  const int64_t width = columns_for(kernels, tile_rows);
   const int64_t n_padded = round_up(n_end, kPanelColumns);
+  const int64_t width = kernels.whole_row && rows == 1 ? n_padded - n_begin : columns_for(kernels, tile_rows);
   const int64_t stride = w.panel_stride();
   if (kernels.enter != nullptr) kernels.enter(w.column_sum + n_begin, n_padded - n_begin, offset, s.start);
   TileArgs t;
@@ -74,6 +76,7 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
   t.acc = s.acc;
   t.in_l2 = in_l2(w.n, w.k);
   t.prefetch_ahead = prefetch_ahead(w.n, w.k);
+  t.prefetch_pages = prefetch_pages(w.n, w.k);
   t.y = nullptr;
   t.y_stride = y.row_bytes;
   const bool prefetch_y = prefetch_result();

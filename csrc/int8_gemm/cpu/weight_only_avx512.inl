@@ -206,16 +206,22 @@ void tile_panels(const GroupTileArgs& t) {
   const int8_t* x_block = t.x;
   int64_t in_block = 0;
   // What lies ahead of a column stream's end is another panel's beginning: there, the next tile's is wanted.
-  const uint8_t* turn = t.weight + t.panel_stride - t.prefetch_ahead;
+  const bool pages = t.prefetch_pages > 0;
+  // More rows take so long over a step that lines asked for one by one come in time, too.
+  const int64_t far = pages && (kRows <= 2 || Format::kS8) ? 0 : t.prefetch_ahead;
+  const uint8_t* turn = t.weight + t.panel_stride - (pages ? t.prefetch_pages * kPageBytes : far);
+  const int64_t group_bytes = t.group / Format::kDepth * kStride;
   const int64_t full = Format::full_groups(t);
   for (int64_t g = 0; g < full; ++g) {
     start_group<Format>(first, t, g, t.x_sum + g * t.group_stride);
     if constexpr (kTwoSets) clear(second);
-    const int64_t ahead = t.prefetch_ahead + (w < turn ? 0 : (kPanels - 1) * t.panel_stride);
+    const int64_t ahead = far + (w < turn ? 0 : (kPanels - 1) * t.panel_stride);
+    if (pages && begins_page(w, group_bytes))
+      prefetch_pages(Vecs<kPanels>(), w + ahead, t.panel_stride, t.prefetch_pages);
     const int8_t* x = x_block + in_block;
     const int8_t* end = x + t.group;
     do {
-      if (t.prefetch_ahead > 0) {
+      if (far > 0) {
         prefetch_step(Vecs<kPanels>(), w + ahead, t.panel_stride);
       }
       Format::template step<kTwoSets>(first, second, w, t.panel_stride, x);
