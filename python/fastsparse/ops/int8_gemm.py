@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.compiler import is_compiling
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastsparse.ops._call import eager
 from fastsparse.ops._pack import read_header
@@ -17,7 +17,7 @@ from fastsparse.ops._pack import read_header
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
 _int8_linear = torch.ops.fastsparse.int8_linear.default
-_int8_linear_now = eager(_int8_linear)
+_int8_linear_plain_now = eager(torch.ops.fastsparse.int8_linear_plain.default)
 _int8_linear_train = torch.ops.fastsparse.int8_linear_train.default
 _int8_mm = torch.ops.fastsparse.int8_mm.default
 _int8_pack = torch.ops.fastsparse.int8_pack.default
@@ -86,7 +86,7 @@ def int8_linear(
         raise ValueError(
             f"int8_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
         ) from None
-    wants_grad = torch.is_grad_enabled() and (
+    wants_grad = is_grad_enabled() and (
         x.requires_grad
         or weight_scale.requires_grad
         or (bias is not None and bias.requires_grad)
@@ -94,7 +94,13 @@ def int8_linear(
     )
     plain = x_scale is None and x_zero_point is None and residual is None and y_scale is None and y_zero_point is None
     if plain and dtype is None and not wants_grad:
-        return (_int8_linear if is_compiling() else _int8_linear_now)(x, weight, weight_scale, bias, code)
+        if is_dynamo_compiling():
+            return _int8_linear(x, weight, weight_scale, bias, code)
+        if code == 0:  # an argument less costs less, also where it is None
+            if bias is None:
+                return _int8_linear_plain_now(x, weight, weight_scale)
+            return _int8_linear_plain_now(x, weight, weight_scale, bias)
+        return _int8_linear_plain_now(x, weight, weight_scale, bias, code)
     y_dtype = None if dtype is None else _dtype_code(dtype)
     x_scale, y_scale = _as_scale("x_scale", x_scale), _as_scale("y_scale", y_scale)
     x_zero_point = _as_zero_point("x_zero_point", x_zero_point)
@@ -378,6 +384,11 @@ def _linear_shape(
     else:
         y_dtype = torch.float32 if x.dtype == torch.int8 else x.dtype
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=y_dtype)
+
+
+@torch.library.register_fake("fastsparse::int8_linear_plain")
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, activation: int = 0) -> Tensor:
+    return _linear_shape(x, weight, weight_scale, bias)
 
 
 @torch.library.register_fake("fastsparse::int8_linear_train")
