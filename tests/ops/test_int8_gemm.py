@@ -773,6 +773,22 @@ def test_rows_do_not_depend_on_their_neighbours(isa: str) -> None:
             assert same_bits(ops.int8_linear(x[i], pack, weight_scale, None, "gelu"), whole[i])
 
 
+# Few rows read weights from L3 or DRAM in another way than from L2, and short column panels in another than long ones.
+@pytest.mark.parametrize(("n", "k"), [(1104, 2052), (1100, 2052), (600, 4100)])
+def test_few_rows_of_weights_beyond_l2_agree_on_every_level(n: int, k: int) -> None:
+    w, weight_scale, bias = s8(n, k), torch.rand(n) / 1000, torch.randn(n)
+    pack = ops.pack(w)
+    for m, activation in itertools.product((1, 2, 3), (None, "relu", "gelu")):
+        x = torch.randn(m, k)
+        results = []
+        for isa in isa_levels():
+            with forced(isa):
+                results.append(ops.int8_linear(x, pack, weight_scale, bias, activation))
+        assert all(same_bits(y, results[-1]) for y in results), (m, activation)
+        if activation is None:
+            assert_linear(x, w, weight_scale, bias, None, None, None, what=(m, n, k))
+
+
 def test_many_python_threads_at_once() -> None:
     jobs: list[tuple[Callable[[], Tensor], Tensor]] = []
     for m, n, k in [*SPLIT_ROWS, *SPLIT_COLUMNS, (1, 1, 1), (5, 33, 7), (64, 64, 600)]:
@@ -794,11 +810,12 @@ def test_many_python_threads_at_once() -> None:
 @pytest.mark.parametrize("isa", isa_levels())
 def test_warm_calls_allocate_no_scratch(isa: str, count: int) -> None:
     calls = []
-    for m, n, k in [(1, 64, 64), (64, 64, 600), SPLIT_ROWS[0], SPLIT_COLUMNS[0], (300, 96, 700)]:
+    for m, n, k in [(1, 64, 64), (1, 4160, 40), (64, 64, 600), SPLIT_ROWS[0], SPLIT_COLUMNS[0], (300, 96, 700)]:
         x, pack, weight_scale = torch.randn(m, k), ops.pack(s8(n, k)), torch.rand(n)
         codes, residual, a, b = s8(m, k), torch.randn(m, n), s8(m, k), s8(k, n)
         w = b.t().contiguous()
         calls += [
+            lambda x=x, pack=pack, s=weight_scale: ops.int8_linear(x, pack, s),
             lambda x=x, pack=pack, s=weight_scale: ops.int8_linear(x, pack, s, None, "gelu"),
             lambda x=codes, pack=pack, s=weight_scale, r=residual: ops.int8_linear(
                 x, pack, s, None, None, 0.1, 3, r, 0.1, 3
@@ -1009,6 +1026,7 @@ def test_opcheck_linear(mode_bias: tuple[str, bool], dtype: torch.dtype, activat
     torch.library.opcheck(raw.int8_linear.default, (x, weight, weight_scale, bias, activation, scale, zero_point))
     train = linear_arguments(dtype, *mode_bias, grad=True)
     torch.library.opcheck(raw.int8_linear_train.default, train)
+    torch.library.opcheck(raw.int8_linear_plain.default, (x, weight, weight_scale, bias, activation))
 
 
 @pytest.mark.parametrize("y_dtype", [None, 0, 1, 2])

@@ -257,15 +257,28 @@ def test_on_whatever(data: st.DataObject) -> None:
         assert same_bits(w.run(x, bias, activation), got)
 
 
+@pytest.mark.parametrize("kind", ["g32", "g128 affine"])
+def test_few_rows_of_weights_beyond_l2_agree_on_every_level(kind: str) -> None:
+    w, bias = Weight(kind, 1040, 4160), torch.randn(1040)
+    for m in (1, 2, 3):
+        x = torch.randn(m, 4160)
+        results = []
+        for isa in isa_levels():
+            with forced(isa):
+                results.append(w.run(x, bias))
+        assert all(same_bits(result, results[-1]) for result in results), m
+        assert_right(w, x, bias, None, results[0], m)
+
+
 @pytest.mark.parametrize("count", [1, 2])
-def test_warm_calls_allocate_no_scratch(count: int) -> None:
-    weights = [Weight(kind, 300, 500) for kind in ("s8", "g32")]
-    x = torch.randn(5, 500)
-    with threads(count):
-        for w in weights * 2:
+@pytest.mark.parametrize("isa", isa_levels())
+def test_warm_calls_allocate_no_scratch(isa: str, count: int) -> None:
+    calls = [(Weight(kind, 300, 500), torch.randn(m, 500)) for kind in ("s8", "g32", "g128 affine") for m in (1, 5, 60)]
+    with forced(isa), threads(count):
+        for w, x in calls * 2:
             w.run(x)
         before = _C.scratch_allocations()
-        for w in weights * 5:
+        for w, x in calls * 5:
             w.run(x)
         assert _C.scratch_allocations() == before
 
