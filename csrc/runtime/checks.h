@@ -70,7 +70,8 @@ inline std::string device_name(const Tensor& t) {
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  if (t.is_cpu() != x.is_cpu() || t.get_device_index() != x.get_device_index())
+  const bool cpu = t.is_cpu();
+  if (cpu != x.is_cpu() || (!cpu && t.get_device_index() != x.get_device_index()))
     fail(op, std::string(name) + " must be on " + device_name(x) + " like the first argument, got " + device_name(t));
 }
 
