@@ -215,6 +215,44 @@ def test_the_clock_measures_all_candidates_of_a_sample(cache: Path) -> None:
     assert same_bits(ops.unpack(pack), w + 0.0)
 
 
+class Phases:
+    """What a phase of each format takes, the last one again and again."""
+
+    def __init__(self, **seconds: list[float]) -> None:
+        self.seconds, self.taken = seconds, dict.fromkeys(seconds, 0)
+
+    def __call__(self, format: str) -> float:
+        turn = self.taken[format]
+        self.taken[format] += 1
+        return self.seconds[format][min(turn, len(self.seconds[format]) - 1)]
+
+
+def test_a_disturbed_phase_decides_nothing() -> None:
+    phases = Phases(a=[1.0], b=[2.9, 0.9])
+    assert _auto.compare(["a", "b"], phases, "a") == {"a": 1.0, "b": 0.9}
+    assert phases.taken == {"a": 3, "b": 3}
+    phases = Phases(a=[1.0], b=[2.9, 1.2, 1.1, 0.8, 0.8])  # phases that disagree: on until two are alike
+    assert _auto.compare(["a", "b"], phases, "a") == {"a": 1.0, "b": 0.8}
+    assert phases.taken == {"a": 5, "b": 5}
+    phases = Phases(a=[1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])  # never: not for ever
+    assert _auto.compare(["a"], phases, "a") == {"a": 0.2}
+    assert phases.taken == {"a": _auto.MOST_ROUNDS}
+    phases = Phases(a=[1.0], b=[2.0], c=[9.0, 2.0, 0.7], d=[9.0])  # hopeless; what the rule says gets its chance
+    assert _auto.compare(["a", "b", "c", "d"], phases, "c") == {"a": 1.0, "b": 2.0, "c": 0.7, "d": 9.0}
+    assert (phases.taken["b"], phases.taken["d"]) == (2, 1)
+
+
+def test_groups_are_counted_whatever_the_width() -> None:
+    for n, k in ((0, 5), (5, 0), (3, 7), (17, 65), (600, 1030)):
+        for of in (4, 8):
+            w = sparse(n, k, 0.6)
+            groups = torch.nn.functional.pad((w != 0).int(), (0, -k % of)).unflatten(1, (-1, of)).sum(-1)
+            most = int(groups.max()) if groups.numel() else 0
+            assert _auto._holds(w, most, of)
+            assert groups.numel() == 0 or not _auto._holds(w, most - 1, of)
+            assert _auto._holds(w.bfloat16().t().contiguous().t(), most, of)
+
+
 def test_every_candidate_is_a_format() -> None:
     w = torch.zeros(1, 4)
     assert all(ops.describe(sparse_matmul._pack_as(w, c.format))["format"] == c.format for c in ALL)
