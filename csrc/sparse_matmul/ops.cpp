@@ -19,6 +19,7 @@
 #include "formats/blocks16.h"
 #include "formats/nm24.h"
 #include "formats/packed_format.h"
+#include "formats/panels128.h"
 #include "formats/sparse.h"
 #include "select.h"
 #include "sparse_matmul.h"
@@ -192,7 +193,7 @@ Tensor unpack_cpu(Tensor pack, int64_t n, int64_t k) {
   return out;
 }
 
-// --- float16 and bfloat16 weights; of these bitmap32 of bfloat16 runs on the CPU, too --------------------------------
+// --- float16 and bfloat16 weights; bitmap32 and panels128 of bfloat16 run on the CPU --------------------------------
 
 Tensor half_pack_cpu(Tensor weight, int64_t format) {
   constexpr const char* kOp = "half_pack";
@@ -216,8 +217,11 @@ Tensor half_pack_cpu(Tensor weight, int64_t format) {
     bytes = blocks16::pack(bits, weight.stride(0), weight.stride(1), n, k, dtype);
   } else if (format == bitmap16::kFormat) {
     bytes = bitmap16::pack(bits, weight.stride(0), weight.stride(1), n, k, dtype);
+  } else if (format == kPanels128) {
+    if (dtype != DType::bf16) fail(kOp, "weight must be bfloat16 or float32 for panels128, got float16");
+    bytes = panels16::pack(bits, weight.stride(0), weight.stride(1), n, k);
   } else {
-    fail(kOp, "format must be 2 (bitmap32), 5 (nm24) or 14 (blocks16), got " + std::to_string(format));
+    fail(kOp, "format must be 2 (bitmap32), 4 (panels128), 5 (nm24) or 14 (blocks16), got " + std::to_string(format));
   }
   Tensor out = empty_pack(weight, static_cast<int64_t>(bytes.size()));
   std::memcpy(out.mutable_data_ptr(), bytes.data(), bytes.size());
@@ -228,7 +232,7 @@ Tensor half_pack_cpu(Tensor weight, int64_t format) {
 struct HalfPack {
   int64_t n, k;
   DType dtype;
-  std::variant<nm24::Weight, blocks16::Weight, bitmap16::Weight> weight;
+  std::variant<nm24::Weight, blocks16::Weight, bitmap16::Weight, panels16::Weight> weight;
 };
 
 HalfPack valid_half(const char* op, const Tensor& pack) {
@@ -244,6 +248,7 @@ HalfPack valid_half(const char* op, const Tensor& pack) {
   };
   if (header.format == blocks16::kFormat) return valid(blocks16::Weight{}, &blocks16::validate, "a blocks16");
   if (bitmap16::is_bitmap16(header)) return valid(bitmap16::Weight{}, &bitmap16::validate, "a 16-bit bitmap32");
+  if (panels16::is_panels16(header)) return valid(panels16::Weight{}, &panels16::validate, "a bfloat16 panels128");
   return valid(nm24::Weight{}, &nm24::validate, "an nm24");
 }
 

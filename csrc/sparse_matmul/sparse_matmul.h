@@ -1,9 +1,8 @@
 // sparse_matmul: the contract of every kernel of the family. Read this first. Torch-free.
 //
 //   sparse_linear   y[M,N] = act(x[M,K] W^T + bias), all float32, W[N,K] in one of the packs of formats/. A bitmap32
-//   pack
-//                   may hold bfloat16: widened exactly, so the bits of y are those of the float32 pack of the same
-//                   values.
+//                   or panels128 pack may hold bfloat16: widened exactly, so the bits of y are those of the float32
+//                   pack of the same values.
 //
 // Exactness: an output is one chain of fused multiply-adds over ascending k that starts at +0, whatever the format, the
 // level, the number of threads and the number of rows: so for finite x the bits of y are always the same. (Slots that a
@@ -39,17 +38,18 @@ inline constexpr int64_t kSell8Base = 16;                              // they b
 inline constexpr int64_t kSell8Steps = 4;                              // steps of a group
 inline constexpr int64_t kSell8IndexBytes = kSell8Steps * kSell8Rows;  // of a group; its values follow
 inline constexpr int64_t kSell8GroupBytes = kSell8IndexBytes + kSell8Steps * kSell8Rows * 4;
-inline constexpr int64_t kChunk = 256;       // outputs of the widest chunk of a panels128, blocks or nm pack
-inline constexpr int64_t kGroup = 8;         // outputs of a panels128 group, which are stored step by step
-inline constexpr int64_t kBlockK = 192;      // k of a panels128 block
-inline constexpr int64_t kIndexReach = 256;  // what the indices of a damaged block can say
-inline constexpr int64_t kBlockRows = 4;     // rows of x that one pass over a blocks pack serves
-inline constexpr int64_t kNmRows = 8;        // the same of an nm pack
-inline constexpr int64_t kSlice = 16;        // outputs that stand side by side in such a pack
-inline constexpr int64_t kWidestBlock = 16;  // k of the widest block
-inline constexpr int64_t kTileRows = 64;     // rows of x in the widest panel for such a pack
-inline constexpr int64_t kTileK = 128;       // k that meet such a panel at a time
-inline constexpr int64_t kSlack = 512;       // floats behind the values that may be read
+inline constexpr int64_t kChunk = 256;        // outputs of the widest chunk of a panels128, blocks or nm pack
+inline constexpr int64_t kGroup = 8;          // outputs of a panels128 group, which are stored step by step
+inline constexpr int64_t kBlockK = 192;       // k of a panels128 block
+inline constexpr int64_t kIndexReach = 256;   // what the indices of a damaged block can say
+inline constexpr int64_t kBlockRows = 4;      // rows of x that one pass over a blocks pack serves
+inline constexpr int64_t kNmRows = 8;         // the same of an nm pack
+inline constexpr int64_t kSlice = 16;         // outputs that stand side by side in such a pack
+inline constexpr int64_t kWidestBlock = 16;   // k of the widest block
+inline constexpr int64_t kTileRows = 64;      // rows of x in the widest panel for such a pack
+inline constexpr int64_t kTileK = 128;        // k that meet such a panel at a time
+inline constexpr int64_t kSlack = 512;        // floats behind the values that may be read
+inline constexpr int64_t kColumnsSlack = 16;  // floats behind the sums of a chunk of kChunk outputs that may be read
 
 // The codes of the layouts, in the header of a pack (formats/<layout>.h).
 enum Format : int { kBitmap32 = 2, kSell16 = 3, kPanels128 = 4, kSell8 = 8, kBlocks = 9, kNm = 10 };
@@ -82,7 +82,7 @@ struct Pack {
   const uint8_t* count;     // blocks: [slices][k blocks][16/R]
   const uint16_t* first_k;  // blocks: [total][16/R]
   const float* value;
-  const uint16_t* value16;  // bitmap32 of bfloat16 instead of value, else null
+  const uint16_t* value16;  // bitmap32, panels128 of bfloat16 instead of value, else null
 };
 
 // Sums of blocks (slices) [begin, end) for `rows` rows of x (from 1 up to kBitmapRows, kSell16PassRows, ...): y[r,
@@ -141,6 +141,17 @@ struct FinishArgs {
   float* y;
 };
 
+// y[r * y_stride + c] = act(sums[c * lanes + r] + bias[c])
+struct ColumnsArgs {
+  const float* sums;  // the rows and columns of whole tiles are read: kColumnsSlack floats behind the last sum
+  int64_t lanes;
+  int64_t rows, columns;
+  const float* bias;  // or null
+  Activation activation;
+  float* y;
+  int64_t y_stride;
+};
+
 struct SampleArgs;  // training.h
 
 struct Kernels {
@@ -154,6 +165,7 @@ struct Kernels {
   void (*panels)(const PanelArgs&);
   void (*transpose)(const TransposeArgs&);
   void (*finish)(const FinishArgs&);
+  void (*finish_columns)(const ColumnsArgs&);
   void (*sample)(const SampleArgs&);
   void (*block_slices)(const FewArgs&);  // up to kBlockRows rows
   void (*block_panel)(const TileArgs&);

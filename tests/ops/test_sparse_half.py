@@ -5,6 +5,7 @@ Their kernels are tested in tests/cuda_on_cpu.
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any
 
@@ -119,6 +120,61 @@ def test_errors() -> None:
         torch.ops.fastsparse.half_pack(w, 3)
     with pytest.raises(ValueError, match=r"^half_pack: weight must be float16 or bfloat16, got float32$"):
         torch.ops.fastsparse.half_pack(w.float(), 5)
+
+
+def sparse_width(n: int) -> int:
+    """Outputs of a chunk of panels128."""
+    return 8 if n == 0 else 8 * math.ceil(math.ceil(n / (2 * math.ceil(n / 512))) / 8)
+
+
+def test_panels128_of_bfloat16_is_the_float32_pack_with_halved_values() -> None:
+    for n, k in [*SHAPES, (300, 400)]:
+        w = (torch.randn(n, k) * (torch.rand(n, k) < 0.4)).bfloat16()
+        pack, wide = ops.pack(w, "panels128"), ops.pack(w.float(), "panels128")
+        assert same_bits(pack, ops.pack(w.t().contiguous().t(), "panels128")), "other strides"
+        header, of_wide = ops.describe(pack), ops.describe(wide)
+        assert header == {**of_wide, "dtype": "bfloat16", "bytes": pack.numel()}
+        chunks = math.ceil(n / sparse_width(n))
+        steps = int(wide[64 + 8 * chunks :][:8].view(torch.int64))
+        at = wide.numel() - 64 * math.ceil(32 * steps / 64)  # where the values begin
+        assert same_bits(pack[64:at], wide[64:at])
+        assert pack.numel() == at + 64 * math.ceil(16 * steps / 64)
+        values = pack[at : at + 16 * steps].view(torch.int16).int() << 16
+        assert same_bits(values, wide[at : at + 32 * steps].view(torch.int32))
+        assert not pack[at + 16 * steps :].any()
+        assert same_bits(ops.unpack(pack), w + 0.0)
+        opcheck(torch.ops.fastsparse.half_unpack.default, (pack, n, k, True))
+    damaged = pack.clone()
+    damaged[at + 1] ^= 0x80  # another value: another weight
+    assert not torch.equal(ops.unpack(damaged), w)
+    for place in (8, 12, 16, 24, 32, 40, 64, 65, at - 1, len(pack) - 1 if pack[-1] else at - 65):
+        damaged = pack.clone()
+        damaged[place] ^= 0x41
+        with pytest.raises(ValueError, match=r"^describe: "):
+            ops.describe(damaged)
+    with pytest.raises(ValueError, match=r"^half_unpack: pack must be of \[N=4, K=9\] and the dtype asked for"):
+        torch.ops.fastsparse.half_unpack(pack, 4, 9, True)
+    with pytest.raises(ValueError, match=r"^half_pack: weight must be bfloat16 or float32 for panels128, got float16$"):
+        torch.ops.fastsparse.half_pack(w.half(), 4)
+    with pytest.raises(ValueError, match=r"^pack: format must be .* for float16, got 'panels128'$"):
+        ops.pack(w.half(), "panels128")
+
+
+def test_auto_of_bfloat16_that_is_not_2_of_4_runs_on_the_cpu() -> None:
+    w = torch.ones(16, 24).bfloat16()
+    for rows, format in (
+        (1, "bitmap32"),
+        (4, "bitmap32"),
+        (5, "panels128"),
+        (None, "panels128"),
+        ((1, 64), "panels128"),
+    ):
+        pack = ops.pack(w, rows=rows)
+        assert ops.describe(pack)["format"] == format
+        assert torch.equal(ops.sparse_linear(torch.ones(3, 24), pack), torch.full((3, 16), 24.0))
+    assert ops.describe(ops.pack(sparse24(16, 24, torch.bfloat16), rows=64))["format"] == "nm24"
+    with pytest.raises(ValueError, match="at most 2 of every 4"):
+        ops.pack(w.half())
 
 
 def test_damage_is_seen() -> None:

@@ -21,6 +21,7 @@ from fastsparse.ops.sparse_matmul import choose_format
 from tests.support import forced, guarded, isa_levels, same_bits, strided, threads
 
 FORMATS = ("bitmap32", "sell16", "panels128", "sell8")
+BF16_FORMATS = ("bitmap32", "panels128")
 ACTIVATIONS = (None, "relu", "gelu", "silu")
 # Round the tiles: 4 rows a pass, panels of 8, 16, 32 and twice 32 rows; 8, 16, 32 and 256 outputs; 8 and 192 k.
 SHAPES = [
@@ -74,6 +75,35 @@ def test_all_formats_levels_threads_and_row_counts_give_the_same_bits() -> None:
                     assert same_bits(y, expected), (isa, format, count, activation)
                     assert same_bits(one, expected[5]), (isa, format, count, activation)
                     assert same_bits(ten, expected[:10]), (isa, format, count, activation)
+
+
+@pytest.mark.parametrize("isa", isa_levels())
+def test_panels_of_rows_of_uneven_length_and_of_far_rows_of_y(isa: str) -> None:
+    """Groups with a few long rows, which go row by row, a denormal weight in one of them; y with rows 4 KB apart."""
+    with forced(isa, "sparse_matmul"):
+        for n, k in ((64, 400), (1024, 20), (2048, 200)):
+            w = sparse(n, k, 0.97)
+            w[3::16] *= torch.rand(k) < 0.1
+            w[5], w[7, ::2] = torch.randn(k), 1.5
+            w[5, k // 2] = 1e-40
+            for m in (4, 8, 13, 16, 31, 64):
+                x, bias = torch.randn(m, k), torch.randn(n)
+                for activation in ACTIVATIONS:
+                    expected = ops.sparse_linear(x, ops.pack(w, "bitmap32"), bias, activation)
+                    assert same_bits(ops.sparse_linear(x, ops.pack(w, "panels128"), bias, activation), expected)
+                structure, values = ops.sparse_structure(w)
+                values[::3] = 0  # as training may leave them: no padding
+                got = ops.sparse_linear(x, structure, values=values)
+                dense = ops.unpack(structure, values=values)
+                assert same_bits(got, ops.sparse_linear(x, ops.pack(dense, "bitmap32")))
+                got = ops.sparse_linear(x, ops.pack(w.bfloat16(), "panels128"))
+                assert same_bits(got, ops.sparse_linear(x, ops.pack(w.bfloat16().float(), "bitmap32")))
+        if torch.set_flush_denormal(True):
+            try:
+                got = ops.sparse_linear(x, ops.pack(w, "panels128"), bias)
+                assert same_bits(got, ops.sparse_linear(x, ops.pack(w, "bitmap32"), bias))
+            finally:
+                torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
@@ -133,14 +163,15 @@ def test_nan_and_infinity_reach_what_meets_them(isa: str, format: str) -> None:
         assert not torch.isfinite(y[row][w[:, k] != 0]).any()
 
 
+@pytest.mark.parametrize("format", BF16_FORMATS)
 @pytest.mark.parametrize("isa", isa_levels())
-def test_bfloat16_weights_give_the_bits_of_their_float32_pack(isa: str) -> None:
+def test_bfloat16_weights_give_the_bits_of_their_float32_pack(isa: str, format: str) -> None:
     with forced(isa, "sparse_matmul"):
         for m, n, k in [*SHAPES, *EMPTY, (4, 97, 40)]:
             for zeros in (0.0, 0.6):
                 w, x, bias = sparse(n, k, zeros).bfloat16(), torch.randn(m, k), torch.randn(n)
                 expected = ops.sparse_linear(x, ops.pack(w.float(), "bitmap32"), bias)
-                pack = ops.pack(w, "bitmap32")
+                pack = ops.pack(w, format)
                 assert same_bits(ops.sparse_linear(x, pack, bias), expected), (m, n, k, zeros)
                 if isa == "avx512":  # the row without VBMI2, which the other one hides
                     _C.pin_sparse_matmul(isa)
@@ -152,9 +183,10 @@ def test_bfloat16_weights_give_the_bits_of_their_float32_pack(isa: str) -> None:
                     assert same_bits(ops.sparse_linear(*arguments), expected), (m, n, k, side)
 
 
-def test_bfloat16_weights_train_and_are_guarded_like_others() -> None:
+@pytest.mark.parametrize("format", BF16_FORMATS)
+def test_bfloat16_weights_train_and_are_guarded_like_others(format: str) -> None:
     w, bias = sparse(40, 70).bfloat16(), torch.randn(40)
-    pack = ops.pack(w, "bitmap32")
+    pack = ops.pack(w, format)
     x = torch.randn(3, 70).bfloat16().requires_grad_()
     y = ops.sparse_linear(x, pack, bias, "relu")
     assert same_bits(y, ops.sparse_linear(x.float(), pack, bias, "relu").bfloat16())

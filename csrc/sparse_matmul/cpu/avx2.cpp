@@ -60,6 +60,8 @@ struct Lanes {  // two ymm
 
 // Four weights in one load; a shuffle broadcasts one of them, and the load units are left to x.
 struct Four {
+  using Value = float;
+  static constexpr int kCount = 4;
   __m256 v;
   explicit Four(const float* p) : v(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))) {}
   template <int kLane>
@@ -67,6 +69,29 @@ struct Four {
     return _mm256_permute_ps(v, kLane * 0x55);
   }
 };
+
+// The same of bfloat16, widened by a shuffle.
+struct FourBf16 {
+  using Value = uint16_t;
+  static constexpr int kCount = 4;
+  __m256 v;
+  explicit FourBf16(const uint16_t* p) {
+    long long four;
+    memcpy(&four, p, sizeof four);
+    const __m256i high =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7));
+    v = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(four), high));
+  }
+  template <int kLane>
+  __m256 at() const {
+    return _mm256_permute_ps(v, kLane * 0x55);
+  }
+};
+
+template <class Store>
+inline void transpose_tile(const float* in, int64_t in_stride, const Store& store) {
+  transpose8(in, in_stride, store);
+}
 
 // Four lanes of a sell format.
 struct Quad {
@@ -142,11 +167,15 @@ void bitmap_of(const FewArgs& a) {
 void bitmap(const FewArgs& a) { bitmap_of<float>(a); }
 void bitmap_bf16(const FewArgs& a) { bitmap_of<uint16_t>(a); }
 
+template <int kVecs, int kRows>
+void panels_of(const PanelArgs& a) {
+  return a.pack.value16 == nullptr ? panel_lanes<kVecs, kRows, Four>(a) : panel_lanes<kVecs, kRows, FourBf16>(a);
+}
 void panels(const PanelArgs& a) {
   switch (a.lanes) {
-    case 8: return panel_lanes<1, 8>(a);
-    case 16: return panel_lanes<2, 4>(a);
-    default: return panel_lanes<4, 2>(a);
+    case 8: return panels_of<1, 8>(a);
+    case 16: return panels_of<2, 4>(a);
+    default: return panels_of<4, 2>(a);
   }
 }
 
@@ -180,6 +209,7 @@ const Kernels fs::sparse_matmul::kAvx2 = {"avx2",
                                           &panels,
                                           &transpose,
                                           &finish,
+                                          &finish_columns,
                                           &sample_block,
                                           &block_slices,
                                           &block_panel,

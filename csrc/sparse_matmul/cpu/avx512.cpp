@@ -12,6 +12,8 @@ namespace {
 
 // Four weights in one load; a shuffle broadcasts one of them, and the load units are left to x.
 struct Four {
+  using Value = float;
+  static constexpr int kCount = 4;
   __m512 v;
   explicit Four(const float* p) : v(_mm512_broadcast_f32x4(_mm_loadu_ps(p))) {}
   template <int kLane>
@@ -19,6 +21,77 @@ struct Four {
     return _mm512_permute_ps(v, kLane * 0x55);
   }
 };
+
+// Eight in one load, at a shuffle across the register, which takes longer.
+struct Eight {
+  using Value = float;
+  static constexpr int kCount = 8;
+  __m512 v;
+  explicit Eight(const float* p) : v(_mm512_castps256_ps512(_mm256_loadu_ps(p))) {}
+  template <int kLane>
+  __m512 at() const {
+    return _mm512_permutexvar_ps(_mm512_set1_epi32(kLane), v);
+  }
+};
+
+// Eight of bfloat16 in one load: a mask leaves the odd ones, widened, a shift the even ones.
+struct EightBf16 {
+  using Value = uint16_t;
+  static constexpr int kCount = 8;
+  __m512 odd, even;
+  explicit EightBf16(const uint16_t* p) {
+    const __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(-65536)));
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+  }
+  template <int kLane>
+  __m512 at() const {
+    return _mm512_permute_ps(kLane % 2 == 1 ? odd : even, kLane / 2 * 0x55);
+  }
+};
+
+// store(j, v) with v[i] = in[i * in_stride + j], for each j.
+template <class Store>
+inline void transpose_tile(const float* in, int64_t in_stride, const Store& store) {
+  __m512 a[16], b[16];
+  const auto low = [](__m512 x, __m512 y) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  const auto high = [](__m512 x, __m512 y) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + i * in_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  // a[4 * g + j]: in its quarter q column 4 * q + j of rows 4 * g to 4 * g + 3
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = low(b[i], b[i + 2]);
+    a[i + 1] = high(b[i], b[i + 2]);
+    a[i + 2] = low(b[i + 1], b[i + 3]);
+    a[i + 3] = high(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even_top = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88),
+                 odd_top = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
+    const __m512 even_bottom = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512 odd_bottom = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+    store(j, _mm512_shuffle_f32x4(even_top, even_bottom, 0x88));
+    store(4 + j, _mm512_shuffle_f32x4(odd_top, odd_bottom, 0x88));
+    store(8 + j, _mm512_shuffle_f32x4(even_top, even_bottom, 0xdd));
+    store(12 + j, _mm512_shuffle_f32x4(odd_top, odd_bottom, 0xdd));
+  }
+}
+
+// out[j * out_stride + i] = in[i * in_stride + j], 16 x 16: whole lines are read and written.
+inline void transpose16x16(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  transpose_tile(in, in_stride, [&](int64_t j, __m512 v) { _mm512_storeu_ps(out + j * out_stride, v); });
+}
 
 }  // namespace
 
@@ -70,43 +143,6 @@ struct Dot {
 
 namespace {
 
-// out[j * out_stride + i] = in[i * in_stride + j], 16 x 16: whole lines are read and written.
-inline void transpose16x16(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
-  __m512 a[16], b[16];
-  const auto low = [](__m512 x, __m512 y) {
-    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
-  };
-  const auto high = [](__m512 x, __m512 y) {
-    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
-  };
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + i * in_stride);
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-  }
-  // a[4 * g + j]: in its quarter q column 4 * q + j of rows 4 * g to 4 * g + 3
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = low(b[i], b[i + 2]);
-    a[i + 1] = high(b[i], b[i + 2]);
-    a[i + 2] = low(b[i + 1], b[i + 3]);
-    a[i + 3] = high(b[i + 1], b[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512 even_top = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88),
-                 odd_top = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
-    const __m512 even_bottom = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
-    const __m512 odd_bottom = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
-    _mm512_storeu_ps(out + j * out_stride, _mm512_shuffle_f32x4(even_top, even_bottom, 0x88));
-    _mm512_storeu_ps(out + (4 + j) * out_stride, _mm512_shuffle_f32x4(odd_top, odd_bottom, 0x88));
-    _mm512_storeu_ps(out + (8 + j) * out_stride, _mm512_shuffle_f32x4(even_top, even_bottom, 0xdd));
-    _mm512_storeu_ps(out + (12 + j) * out_stride, _mm512_shuffle_f32x4(odd_top, odd_bottom, 0xdd));
-  }
-}
-
 void transpose_wide(const TransposeArgs& t) {
   const int64_t rows = t.rows & ~15, columns = t.columns & ~15;
   for (int64_t r = 0; r < rows; r += 16)
@@ -124,8 +160,8 @@ void sell16(const FewArgs& a) { kAvx2.sell16(a); }
 void panels(const PanelArgs& a) {
   switch (a.lanes) {
     case 8: return kAvx2.panels(a);  // half a zmm: that row has the kernel, and the same sums
-    case 16: return panel_lanes<1, 8>(a);
-    default: return panel_lanes<2, 8>(a);
+    case 16: return a.pack.value16 == nullptr ? panel_lanes<1, 8, Four>(a) : panel_lanes<1, 8, EightBf16>(a);
+    default: return a.pack.value16 == nullptr ? panel_lanes<2, 8, Eight>(a) : panel_lanes<2, 8, EightBf16>(a);
   }
 }
 
@@ -159,6 +195,7 @@ const Kernels fs::sparse_matmul::kAvx512 = {"avx512",
                                             &panels,
                                             &transpose_wide,
                                             &finish,
+                                            &finish_columns,
                                             &sample_block,
                                             &block_slices,
                                             &block_panel,
@@ -175,6 +212,7 @@ const Kernels fs::sparse_matmul::kAvx512Vbmi2 = {"avx512vbmi2",
                                                  &panels,
                                                  &transpose_wide,
                                                  &finish,
+                                                 &finish_columns,
                                                  &sample_block,
                                                  &block_slices,
                                                  &block_panel,

@@ -5,7 +5,8 @@
 //                                bfloat16; may read 16 values
 //   store(p)                     16 floats
 //   broadcast(p), fma(w, x, s)   s += w * x
-// and  void transpose8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride).
+// and  void transpose8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride),
+//      transpose_tile(in, in_stride, store): store(j, v) with v[i] = in[i * in_stride + j], for Simd::kWidth i and j.
 #include <string.h>
 
 #include "../../runtime/simd/activate.inl"
@@ -65,7 +66,7 @@ inline int low_bits(uint32_t mask) { return __builtin_popcount(mask << 16); }
 
 constexpr int64_t kBitmapAhead = 1024;  // values
 
-// The values of a bitmap32 pack.
+// The values of a bitmap32 or panels128 pack.
 template <class T>
 inline const T* values(const Pack& p);
 template <>
@@ -185,6 +186,48 @@ void finish(const FinishArgs& f) {
     case fs::Activation::relu: return finish_with<fs::Activation::relu>(f);
     case fs::Activation::gelu: return finish_with<fs::Activation::gelu>(f);
     case fs::Activation::silu: return finish_with<fs::Activation::silu>(f);
+  }
+}
+
+template <fs::Activation kActivation>
+void finish_columns_with(const ColumnsArgs& a) {
+  using S = Simd;
+  constexpr int kW = S::kWidth;
+  constexpr bool kShort = kActivation == fs::Activation::none || kActivation == fs::Activation::relu;
+  const S::F no_bias = S::set1(-0.0f);
+  for (int64_t r = 0; r < a.rows; r += kW) {
+    const int rows = a.rows - r < kW ? static_cast<int>(a.rows - r) : kW;
+    for (int64_t c = 0; c < a.columns; c += kW) {
+      const int columns = a.columns - c < kW ? static_cast<int>(a.columns - c) : kW;
+      S::F bias = no_bias;
+      if (a.bias != nullptr) bias = columns == kW ? S::load(a.bias + c) : S::load_n(a.bias + c, columns);
+      const float* const sums = a.sums + c * a.lanes + r;
+      float* const y = a.y + r * a.y_stride + c;
+      if (kShort && rows == kW && columns == kW) {
+        transpose_tile(sums, a.lanes, [&](int64_t i, S::F v) {
+          S::store(y + i * a.y_stride, activate<kActivation>(S::add(v, bias)));
+        });
+        continue;
+      }
+      float tile[kW * kW];
+      transpose_tile(sums, a.lanes, [&](int64_t i, S::F v) { S::store(tile + i * kW, v); });
+      for (int64_t i = 0; i < rows; ++i) {
+        const S::F v = activate<kActivation>(S::add(S::load(tile + i * kW), bias));
+        if (columns == kW)
+          S::store(y + i * a.y_stride, v);
+        else
+          S::store_n(y + i * a.y_stride, v, columns);
+      }
+    }
+  }
+}
+
+void finish_columns(const ColumnsArgs& a) {
+  switch (a.activation) {
+    case fs::Activation::none: return finish_columns_with<fs::Activation::none>(a);
+    case fs::Activation::relu: return finish_columns_with<fs::Activation::relu>(a);
+    case fs::Activation::gelu: return finish_columns_with<fs::Activation::gelu>(a);
+    case fs::Activation::silu: return finish_columns_with<fs::Activation::silu>(a);
   }
 }
 

@@ -135,21 +135,45 @@ void linear_slices(const Kernels& kernels, const LinearArgs& args) {
     // Slices of nm are all as long, those of blocks are sorted by length in their chunk.
     const int64_t begin = blocks ? first_block(w, slices, first, parts) : first * slices / parts;
     const int64_t end = blocks ? first_block(w, slices, last, parts) : last * slices / parts;
-    for (int64_t row = 0; row < args.m; row += height)
-      (blocks ? kernels.block_slices : kernels.nm_slices)(
-          {w, x.x + row * x.stride, x.stride, std::min(height, args.m - row), begin, end, args.y + row * w.n, w.n});
+    for (int64_t row = 0; row < args.m; row += height) {
+      const int64_t rows = std::min(height, args.m - row), column = begin * kSlice;
+      (blocks ? kernels.block_slices
+              : kernels.nm_slices)({w, x.x + row * x.stride, x.stride, rows, begin, end, args.y + row * w.n, w.n});
+      if (!blocks && begin < end) finish_rows(kernels, args, row, rows, column, std::min(end * kSlice, w.n) - column);
+    }
   });
-  finish_rows(kernels, args, 0, args.m, 0, w.n);  // a slice's outputs lie anywhere in their chunk
+  if (blocks) finish_rows(kernels, args, 0, args.m, 0, w.n);  // a slice's outputs lie anywhere in their chunk
 }
 
-// A thread's scratch: x transposed, the sums of a chunk, and these transposed back.
+// Transposed straight into y, 16 rows that lie a multiple of 4 KB apart push each other out of L1. Such rows of y are
+// transposed into room for so many, and then go to y one after the other.
+constexpr int64_t kRowsBack = 16, kBackFloats = kChunk * kRowsBack;
+static_assert(kBackFloats >= kColumnsSlack, "finish_columns may read behind the sums, where that room is");
+bool far_rows(int64_t n) { return n % 1024 == 0; }
+
+// The sums of a chunk, `columns` outputs from `column` on, for rows [row, row + rows) of x: into y.
+void finish_chunk(const Kernels& kernels, const LinearArgs& args, const float* sums, int64_t lanes, int64_t row,
+                  int64_t rows, int64_t column, int64_t columns, float* back) {
+  const int64_t n = args.weight.n;
+  const float* const bias = args.bias == nullptr ? nullptr : args.bias + column;
+  float* const y = args.y + row * n + column;
+  if (!far_rows(n)) return kernels.finish_columns({sums, lanes, rows, columns, bias, args.activation, y, n});
+  for (int64_t r = 0; r < rows; r += kRowsBack) {
+    const int64_t height = std::min(kRowsBack, rows - r);
+    kernels.transpose({sums + r, lanes, columns, height, back, kChunk});
+    for (int64_t i = 0; i < height; ++i)
+      kernels.finish({back + i * kChunk, bias, args.activation, columns, y + (r + i) * n});
+  }
+}
+
+// A thread's scratch: x transposed, the sums of a chunk, and room for finish_chunk().
 struct TileScratch {
-  float *x, *sums, *rows;
+  float *x, *sums, *back;
   TileScratch(int64_t lanes, int64_t padded_k) {
     const int64_t chunk = kChunk * lanes, panel = (padded_k + kTileK) * lanes;
-    x = reinterpret_cast<float*>(scratch(static_cast<size_t>(panel + 2 * chunk) * sizeof(float)));
+    x = reinterpret_cast<float*>(scratch(static_cast<size_t>(panel + chunk + kBackFloats) * sizeof(float)));
     sums = x + panel;
-    rows = sums + chunk;
+    back = sums + chunk;
   }
 };
 
@@ -168,10 +192,7 @@ void linear_tiles_part(const Kernels& kernels, const LinearArgs& args, int64_t r
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       panel({w, s.x, lanes, chunk, s.sums});
       const int64_t column = chunk * width, columns = std::min(width, w.n - column);
-      kernels.transpose({s.sums, lanes, columns, rows, s.rows, kChunk});
-      for (int64_t r = 0; r < rows; ++r)
-        kernels.finish({s.rows + r * kChunk, args.bias == nullptr ? nullptr : args.bias + column, args.activation,
-                        columns, args.y + (row + r) * w.n + column});
+      finish_chunk(kernels, args, s.sums, lanes, row, rows, column, columns, s.back);
     }
     row += rows;
   }
@@ -224,10 +245,7 @@ void fill_panels(const Kernels& kernels, const LinearArgs& args, const Panels& p
   }
 }
 
-// Rows of y that are transposed back at a time: they then go from L1 to y one after the other. Transposed straight into
-// y, 16 rows that lie 4 KB apart push each other out of L1 (N = 4096: 3 times slower).
-constexpr int64_t kRowsBack = 16;
-constexpr int64_t kSumsFloats = kChunk * (kPassRows + kRowsBack);
+constexpr int64_t kSumsFloats = kChunk * kPassRows + kBackFloats;
 
 // Chunks [begin, end) of outputs for one pass; `sums` has room for kSumsFloats.
 void pass(const Kernels& kernels, const LinearArgs& args, const Panels& p, const float* x, int64_t begin, int64_t end,
@@ -238,13 +256,9 @@ void pass(const Kernels& kernels, const LinearArgs& args, const Panels& p, const
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     kernels.panels({w, x, panel_floats(args, p.lanes), p.lanes, p.count, chunk, sums});
     const int64_t column = chunk * width, columns = std::min(width, w.n - column);
-    for (int64_t r = 0; r < p.rows; r += kRowsBack) {
-      const int64_t rows = std::min({kRowsBack, p.rows - r, p.lanes});
-      kernels.transpose({sums + r / p.lanes * kChunk * p.lanes + r % p.lanes, p.lanes, columns, rows, back, kChunk});
-      for (int64_t i = 0; i < rows; ++i)
-        kernels.finish({back + i * kChunk, args.bias == nullptr ? nullptr : args.bias + column, args.activation,
-                        columns, args.y + (p.row + r + i) * w.n + column});
-    }
+    for (int64_t r = 0; r < p.rows; r += p.lanes)
+      finish_chunk(kernels, args, sums + r * kChunk, p.lanes, p.row + r, std::min(p.lanes, p.rows - r), column, columns,
+                   back);
   }
 }
 

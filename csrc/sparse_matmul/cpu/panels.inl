@@ -1,5 +1,6 @@
 // The kernels of panels128, one body for every level; included behind kernels.inl. The level brings
-//   Four(p).at<i>()   p[i] in all lanes, i from 0 to 3
+//   structs Weights      of 4 or 8 weights of float or bfloat16: Weights::Value, Weights::kCount,
+//   Weights(p).at<i>()   p[i], widened, in all lanes, i from 0 to kCount - 1
 namespace {
 
 // How far ahead of their use values are asked for, in bytes: docs/kernels/sparse_matmul.md.
@@ -102,43 +103,76 @@ struct Indices {
 };
 
 // One step of rows kFrom to kFrom + kRows of a group: every row's weight times the row of the panel that its index
-// says. `four` comes back as the weights of the last rows.
-template <int kFrom, int kVecs, class Index>
-inline void multiply_add(Rows<kVecs, 0>&, const float* value, const Index&, const float*, Four* four) {
-  *four = Four(value + kFrom / 4 * 4);
+// says. `weights` comes back as those of the last rows.
+template <int kFrom, class Weights, int kVecs, class Index>
+inline void multiply_add(Rows<kVecs, 0>&, const typename Weights::Value* value, const Index&, const float*,
+                         Weights* weights) {
+  *weights = Weights(value + kFrom / Weights::kCount * Weights::kCount);
 }
-template <int kFrom, int kVecs, class Index, int kRows>
-inline void multiply_add(Rows<kVecs, kRows>& r, const float* value, const Index& index, const float* panel,
-                         Four* four) {
+template <int kFrom, class Weights, int kVecs, class Index, int kRows>
+inline void multiply_add(Rows<kVecs, kRows>& r, const typename Weights::Value* value, const Index& index,
+                         const float* panel, Weights* weights) {
   constexpr int kRow = kFrom + kRows - 1;
-  multiply_add<kFrom>(r.before, value, index, panel, four);
-  if (kRow % 4 == 0 && kRows > 1) *four = Four(value + kRow);
-  multiply_add(r.sums, four->template at<kRow % 4>(), index.template row<kVecs, kRows - 1>(panel));
+  multiply_add<kFrom>(r.before, value, index, panel, weights);
+  if (kRow % Weights::kCount == 0 && kRows > 1) *weights = Weights(value + kRow);
+  multiply_add(r.sums, weights->template at<kRow % Weights::kCount>(), index.template row<kVecs, kRows - 1>(panel));
 }
 
-// A group in one block of k: all steps for kRows of its rows, then for the next ones.
-template <int kVecs, int kRows, int kFrom = 0>
-[[gnu::always_inline]] inline void walk(const float* value, const uint8_t* index, int64_t steps, const float* panel,
-                                        const uint8_t* order, bool first, float* sums) {
+// kRows of the rows of a group in one block of k, from kFrom on.
+template <class Weights, int kVecs, int kRows, int kFrom>
+[[gnu::always_inline]] inline void walk_rows(const typename Weights::Value* value, const uint8_t* index, int64_t steps,
+                                             const float* panel, const uint8_t* order, bool first, float* sums) {
   Rows<kVecs, kRows> rows;
   if (first)
     clear(rows);
   else
     load(rows, sums, order + kFrom);
   for (int64_t i = 0; i < steps; ++i) {
-    const float* const step = value + i * kGroup;
+    const typename Weights::Value* const step = value + i * kGroup;
     if (kFrom == 0) __builtin_prefetch(reinterpret_cast<const char*>(step) + kPanelAhead);  // may go beyond the pack
-    Four four(step);
-    multiply_add<kFrom>(rows, step, Indices<kRows>(index + i * kGroup + kFrom), panel, &four);
+    Weights weights(step);
+    multiply_add<kFrom>(rows, step, Indices<kRows>(index + i * kGroup + kFrom), panel, &weights);
   }
   store(rows, sums, order + kFrom);
+}
+
+// A group: all steps for kRows of its rows, then for the next ones.
+template <class Weights, int kVecs, int kRows, int kFrom = 0>
+[[gnu::always_inline]] inline void walk(const typename Weights::Value* value, const uint8_t* index, int64_t steps,
+                                        const float* panel, const uint8_t* order, bool first, float* sums) {
+  walk_rows<Weights, kVecs, kRows, kFrom>(value, index, steps, panel, order, first, sums);
   if constexpr (kFrom + kRows < kGroup)
-    walk<kVecs, kRows, kFrom + kRows>(value, index, steps, panel, order, first, sums);
+    walk<Weights, kVecs, kRows, kFrom + kRows>(value, index, steps, panel, order, first, sums);
+}
+
+// A group whose rows differ much in length has more padding than weights: the few long rows of a pruned layer. Its rows
+// go in pairs then (the last four of one vector together, for as many chains), each as far as its first one, which is
+// the longest; behind a row's weights its last index is repeated.
+constexpr int64_t kUnevenSteps = 8;
+inline bool uneven(int64_t steps, int64_t next_steps) { return steps >= kUnevenSteps && 5 * next_steps < 3 * steps; }
+
+// The steps of a row, by its indices (a value may be zero in training), at least one: it is padding if the row has no
+// weight. Bisection without branches, which would be mispredicted.
+inline int64_t row_steps(const uint8_t* index, int64_t steps) {
+  int64_t own = 1, left = steps - 1;
+  const auto ascends = [index](int64_t i) { return int64_t{index[i * kGroup] > index[(i - 1) * kGroup]}; };
+  for (; left > 1; left -= left / 2) own += left / 2 & -ascends(own + left / 2 - 1);
+  return left > 0 ? own + ascends(own) : own;
+}
+
+template <class Weights, int kVecs, int kFrom = 0>
+[[gnu::noinline]] void walk_uneven(const typename Weights::Value* value, const uint8_t* index, int64_t steps,
+                                   const float* panel, const uint8_t* order, bool first, float* sums) {
+  constexpr int kRows = kVecs == 1 && kFrom == kGroup / 2 ? 4 : 2;
+  const int64_t own = row_steps(index + kFrom, steps);
+  walk_rows<Weights, kVecs, kRows, kFrom>(value, index, own, panel, order, first, sums);
+  if constexpr (kFrom + kRows < kGroup)
+    walk_uneven<Weights, kVecs, kFrom + kRows>(value, index, own, panel, order, first, sums);
 }
 
 // Panels of kVecs vectors; kRows of the 8 outputs of a group at a time. A block of the weight meets all panels before
 // the next one: it is read from memory once.
-template <int kVecs, int kRows>
+template <int kVecs, int kRows, class Weights>
 void panel_lanes(const PanelArgs& a) {
   const Pack& p = a.pack;
   const int64_t width = panel_width(p.n), groups = width / kGroup, blocks = (p.k + kBlockK - 1) / kBlockK;
@@ -152,9 +186,15 @@ void panel_lanes(const PanelArgs& a) {
       at = begin;
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t steps = at_most(order[width + g], p.total - at);
-        walk<kVecs, kRows>(p.value + at * kGroup, p.index + at * kGroup, steps, panel, order + g * kGroup, b == 0,
-                           sums);
+        const auto* const value = values<typename Weights::Value>(p) + at * kGroup;
+        const uint8_t* const index = p.index + at * kGroup;
         at += steps;
+        if constexpr (kRows > 1)  // the scalar level takes its time anyway, above all to compile
+          if (__builtin_expect(g + 1 < groups && uneven(steps, order[width + g + 1]), 0)) {
+            walk_uneven<Weights, kVecs>(value, index, steps, panel, order + g * kGroup, b == 0, sums);
+            continue;
+          }
+        walk<Weights, kVecs, kRows>(value, index, steps, panel, order + g * kGroup, b == 0, sums);
       }
     }
 }

@@ -55,17 +55,25 @@ struct Quad {
   }
 };
 
+template <class Store>
+inline void transpose_tile(const float* in, int64_t, const Store& store) {
+  store(0, *in);
+}
+
 inline void transpose8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
   for (int64_t i = 0; i < 8; ++i)
     for (int64_t j = 0; j < 8; ++j) out[j * out_stride + i] = in[i * in_stride + j];
 }
 
+template <class T>
 struct Four {
-  const float* p;
-  explicit Four(const float* from) : p(from) {}
+  using Value = T;
+  static constexpr int kCount = 4;
+  const T* p;
+  explicit Four(const T* from) : p(from) {}
   template <int kLane>
   float at() const {
-    return p[kLane];
+    return Lanes::widened(p[kLane]);
   }
 };
 
@@ -149,11 +157,15 @@ void bitmap_of(const FewArgs& a) {
 void bitmap(const FewArgs& a) { bitmap_of<float>(a); }
 void bitmap_bf16(const FewArgs& a) { bitmap_of<uint16_t>(a); }
 
+template <int kVecs>
+void panels_of(const PanelArgs& a) {
+  return a.pack.value16 == nullptr ? panel_lanes<kVecs, 1, Four<float>>(a) : panel_lanes<kVecs, 1, Four<uint16_t>>(a);
+}
 void panels(const PanelArgs& a) {
   switch (a.lanes) {
-    case 8: return panel_lanes<8, 1>(a);
-    case 16: return panel_lanes<16, 1>(a);
-    default: return panel_lanes<32, 1>(a);
+    case 8: return panels_of<8>(a);
+    case 16: return panels_of<16>(a);
+    default: return panels_of<32>(a);
   }
 }
 
@@ -187,6 +199,7 @@ const Kernels fs::sparse_matmul::kScalar = {"scalar",
                                             &panels,
                                             &transpose,
                                             &finish,
+                                            &finish_columns,
                                             &sample_block,
                                             &block_slices,
                                             &block_panel,

@@ -1,6 +1,9 @@
 #include "panels128.h"
 
+#include <cstddef>
 #include <cstring>
+
+#include "sparse.h"
 
 namespace fs::sparse_matmul::formats {
 namespace {
@@ -8,7 +11,7 @@ namespace {
 // Where each section begins.
 struct Layout {
   int64_t width, groups, chunks, blocks, table, offset, order, index, value, end;
-  Layout(int64_t n, int64_t k, int64_t steps)
+  Layout(int64_t n, int64_t k, int64_t steps, int64_t value_bytes)
       : width(panel_width(n)),
         groups(width / kGroup),
         chunks(ceil_div(n, width)),
@@ -18,8 +21,23 @@ struct Layout {
         order(offset + round64(8 * (chunks + 1))),
         index(order + round64(table * chunks * blocks)),
         value(index + round64(kGroup * steps)),
-        end(value + round64(4 * kGroup * steps)) {}
+        end(value + round64(value_bytes * kGroup * steps)) {}
 };
+
+// A value of a pack: float32, or the high half of one.
+void put(float w, float* out) { *out = w; }
+void put(float w, uint16_t* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &w, 4);
+  *out = static_cast<uint16_t>(bits >> 16);
+}
+float widened(uint16_t value) {
+  const uint32_t bits = uint32_t{value} << 16;
+  float w;
+  std::memcpy(&w, &bits, 4);
+  return w;
+}
+float value_at(const Pack& p, int64_t i) { return p.value16 == nullptr ? p.value[i] : widened(p.value16[i]); }
 
 // The rows of a chunk, in a block of k, as they are stored.
 struct Sorted {
@@ -34,32 +52,35 @@ struct Sorted {
   int64_t steps(int64_t group) const { return count[order[static_cast<size_t>(group * kGroup)]]; }
 };
 
-// The k % 128 and the values of one row, 8 apart, and zeros up to `steps`.
-void fill_row(const Source& s, int64_t row, int64_t k, int64_t steps, uint8_t* index, float* value) {
+// The k % 192 and the values of one row, 8 apart, and zeros up to `steps`.
+template <class Value>
+void fill_row(const Source& s, int64_t row, int64_t k, int64_t steps, uint8_t* index, Value* value) {
   const int64_t end = row < s.n ? std::min(k + kBlockK, s.k) : k;
   int64_t step = 0;
   for (int64_t i = k; i < end; ++i) {
     const float w = s.at(row, i);
     if (w == 0.0f) continue;
     index[step * kGroup] = static_cast<uint8_t>(i - k);
-    value[step++ * kGroup] = w;
+    put(w, value + step++ * kGroup);
   }
   for (const uint8_t last = step > 0 ? index[(step - 1) * kGroup] : uint8_t{0}; step < steps; ++step)
     index[step * kGroup] = last;
 }
 
-std::vector<uint8_t> pack(const Source& s) {
-  const Layout empty(s.n, s.k, 0);
+template <class Value>
+std::vector<uint8_t> pack_as(const Source& s) {
+  const Layout empty(s.n, s.k, 0, sizeof(Value));
   int64_t steps = 0;
   for (int64_t chunk = 0; chunk < empty.chunks; ++chunk)
     for (int64_t block = 0; block < empty.blocks; ++block) {
       const Sorted sorted(s, empty, chunk, block);
       for (int64_t g = 0; g < empty.groups; ++g) steps += sorted.steps(g);
     }
-  const Layout l(s.n, s.k, steps);
+  const Layout l(s.n, s.k, steps, sizeof(Value));
   std::vector<uint8_t> out = begin_pack(kPanels128Format, s, s.nonzeros(), l.end);
+  if (sizeof(Value) == 2) std::memcpy(out.data() + offsetof(PackHeader, dtype), &kDTypeBf16, sizeof kDTypeBf16);
   auto* offset = reinterpret_cast<uint64_t*>(out.data() + l.offset);
-  auto* value = reinterpret_cast<float*>(out.data() + l.value);
+  auto* value = reinterpret_cast<Value*>(out.data() + l.value);
   uint8_t *order = out.data() + l.order, *index = out.data() + l.index;
   uint64_t used = 0;
   for (int64_t chunk = 0; chunk < l.chunks; ++chunk) {
@@ -83,13 +104,17 @@ std::vector<uint8_t> pack(const Source& s) {
   return out;
 }
 
+std::vector<uint8_t> pack(const Source& s) { return pack_as<float>(s); }
+
+int64_t value_bytes(const PackHeader& h) { return h.dtype == kDTypeBf16 ? 2 : 4; }
+
 std::string view(const PackHeader& h, const uint8_t* bytes, int64_t size, Pack* out) {
-  const Layout empty(h.n, h.k, 0);
+  const Layout empty(h.n, h.k, 0, 4);
   if (empty.end > size) return "got " + std::to_string(size) + " bytes, expected at least " + std::to_string(empty.end);
   uint64_t steps;  // their number stands behind the last chunk
   std::memcpy(&steps, bytes + empty.offset + 8 * empty.chunks, 8);
   if (steps > static_cast<uint64_t>(size)) return "got a damaged table: " + std::to_string(steps) + " steps";
-  const Layout l(h.n, h.k, static_cast<int64_t>(steps));
+  const Layout l(h.n, h.k, static_cast<int64_t>(steps), value_bytes(h));
   const std::string error = size_error(h, size, l.end);
   if (!error.empty()) return error;
   *out = {};
@@ -100,7 +125,10 @@ std::string view(const PackHeader& h, const uint8_t* bytes, int64_t size, Pack* 
   out->offset = reinterpret_cast<const uint64_t*>(bytes + l.offset);
   out->order = bytes + l.order;
   out->index = bytes + l.index;
-  out->value = reinterpret_cast<const float*>(bytes + l.value);
+  if (h.dtype == kDTypeBf16)
+    out->value16 = reinterpret_cast<const uint16_t*>(bytes + l.value);
+  else
+    out->value = reinterpret_cast<const float*>(bytes + l.value);
   return "";
 }
 
@@ -117,8 +145,9 @@ std::string row_damage(const Pack& p, int64_t k, uint64_t begin, int64_t steps, 
   for (int64_t i = 0; i < steps; ++i) {
     const int64_t at = (static_cast<int64_t>(begin) + i) * kGroup + lane;
     const int index = p.index[at];
-    if (p.value[at] == 0.0f) {
-      if (!positive_zero(p.value[at]) || index != std::max(last, 0)) return damaged("padding that is not zero");
+    const float w = value_at(p, at);
+    if (w == 0.0f) {
+      if (!positive_zero(w) || index != std::max(last, 0)) return damaged("padding that is not zero");
       continue;
     }
     if (*count != i || index <= last || index >= kBlockK || k + index >= p.k)
@@ -130,7 +159,7 @@ std::string row_damage(const Pack& p, int64_t k, uint64_t begin, int64_t steps, 
 }
 
 std::string damage(const PackHeader& h, const Pack& p, const uint8_t* bytes) {
-  const Layout l(p.n, p.k, p.total);
+  const Layout l(p.n, p.k, p.total, value_bytes(h));
   std::string error = offsets_damage(p.offset, l.chunks, p.total);
   if (!error.empty()) return error;
   int64_t nonzeros = 0;
@@ -164,20 +193,20 @@ std::string damage(const PackHeader& h, const Pack& p, const uint8_t* bytes) {
   if (!all_zero(bytes + l.offset + 8 * (l.chunks + 1), bytes + l.order) ||
       !all_zero(bytes + l.order + l.table * l.chunks * l.blocks, bytes + l.index) ||
       !all_zero(p.index + kGroup * p.total, bytes + l.value) ||
-      !all_zero(bytes + l.value + 4 * kGroup * p.total, bytes + l.end))
+      !all_zero(bytes + l.value + value_bytes(h) * kGroup * p.total, bytes + l.end))
     return damaged(kGap);
   return "";
 }
 
-void unpack(const Pack& p, float* weight) {
-  const Layout l(p.n, p.k, p.total);
+void unpack_values(const Pack& p, float* weight) {
+  const Layout l(p.n, p.k, p.total, 4);
   int64_t step = 0;
   for (int64_t part = 0; part < l.chunks * l.blocks; ++part) {
     const uint8_t* order = p.order + part * l.table;
     for (int64_t g = 0; g < l.groups; ++g)
       for (const int64_t end = step + order[l.width + g]; step < end; ++step)
         for (int64_t lane = 0; lane < kGroup; ++lane) {
-          const float w = p.value[step * kGroup + lane];
+          const float w = value_at(p, step * kGroup + lane);
           const int64_t row = part / l.blocks * l.width + order[g * kGroup + lane];
           if (w != 0.0f) weight[row * p.k + part % l.blocks * kBlockK + p.index[step * kGroup + lane]] = w;
         }
@@ -186,6 +215,35 @@ void unpack(const Pack& p, float* weight) {
 
 }  // namespace
 
-const PackedFormat kPanels128Format{kPanels128, "panels128", kBlockK, kLargestSide, &pack, &view, &damage, &unpack};
+const PackedFormat kPanels128Format{kPanels128, "panels128", kBlockK, kLargestSide,
+                                    &pack,      &view,       &damage, &unpack_values};
 
 }  // namespace fs::sparse_matmul::formats
+
+namespace fs::sparse_matmul::panels16 {
+
+std::vector<uint8_t> pack(const uint16_t* weight, int64_t stride_n, int64_t stride_k, int64_t n, int64_t k) {
+  std::vector<float> wide(static_cast<size_t>(n * k));
+  for (int64_t row = 0; row < n; ++row)
+    for (int64_t column = 0; column < k; ++column)
+      wide[static_cast<size_t>(row * k + column)] = formats::widened(weight[row * stride_n + column * stride_k]);
+  return formats::pack_as<uint16_t>({wide.data(), k, 1, n, k});
+}
+
+std::string validate(const uint8_t* bytes, int64_t size, Weight* out) {
+  std::string error = formats::view(bytes, size, &out->pack);
+  if (error.empty() && (out->pack.format != kPanels128 || out->pack.value16 == nullptr))
+    error = "got another format or dtype";
+  if (error.empty()) error = formats::validate(bytes, size);
+  if (error.empty()) *out = {out->pack.n, out->pack.k, DType::bf16, out->pack};
+  return error;
+}
+
+void unpack(const Weight& p, uint16_t* weight) {
+  if (p.n == 0 || p.k == 0) return;  // an empty tensor has no memory
+  std::vector<float> wide(static_cast<size_t>(p.n * p.k));
+  formats::unpack(p.pack, wide.data());
+  for (size_t i = 0; i < wide.size(); ++i) formats::put(wide[i], weight + i);
+}
+
+}  // namespace fs::sparse_matmul::panels16

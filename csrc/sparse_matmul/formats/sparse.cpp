@@ -28,7 +28,7 @@ std::string text(T value) {
 }
 
 // A bitmap32 of bfloat16, which runs on the CPU, too.
-bool is_bf16(const PackHeader& h) {
+bool is_bitmap_bf16(const PackHeader& h) {
   return std::memcmp(h.magic, "fspk", 4) == 0 && bitmap16::is_bitmap16(h) && h.dtype == kDTypeBf16;
 }
 
@@ -68,7 +68,7 @@ std::string header_error(const PackHeader& h, int64_t size, const PackedFormat**
   if (f == nullptr) return "got format " + text(h.format) + ", expected " + known();
   if (h.version != kVersion)
     return std::string("got ") + f->name + " version " + text(h.version) + ", this build reads version 1";
-  if (h.dtype != kDTypeF32 || h.block != f->block)
+  if ((h.dtype != kDTypeF32 && !panels16::is_panels16(h)) || h.block != f->block)
     return "got dtype code " + text(h.dtype) + " and block " + text(h.block) + ", expected 2 and " + text(f->block);
   const bool sides = h.n >= 0 && h.k >= 0 && h.n < kLargestSide && h.k < kLargestSide;
   if (!sides || h.k > f->largest_k) return "got a damaged header: N=" + text(h.n) + ", K=" + text(h.k);
@@ -105,7 +105,7 @@ std::string view(const uint8_t* bytes, int64_t size, Pack* out, int64_t rows) {
   PackHeader h;
   std::memcpy(&h, bytes, sizeof h);
   if (h.format == kPair && std::memcmp(h.magic, "fspk", 4) == 0) return view_pair(h, bytes, size, rows, out);
-  if (is_bf16(h)) {
+  if (is_bitmap_bf16(h)) {
     bitmap16::Weight w;
     const std::string error = bitmap16::view(h, bytes, size, &w);
     if (error.empty()) *out = of_bf16(w);
@@ -145,7 +145,7 @@ std::string validate(const uint8_t* bytes, int64_t size) {
   const std::string error = view(bytes, size, &p);
   if (!error.empty()) return error;
   bitmap16::Weight w;
-  if (p.value16 != nullptr) return bitmap16::validate(bytes, size, &w);
+  if (p.format == kBitmap32 && p.value16 != nullptr) return bitmap16::validate(bytes, size, &w);
   PackHeader h;
   std::memcpy(&h, bytes, sizeof h);
   return h.format == kPair ? pair_damage(h, bytes, size) : find(h.format, h.block)->damage(h, p, bytes);
@@ -154,7 +154,7 @@ std::string validate(const uint8_t* bytes, int64_t size) {
 void unpack(const Pack& p, float* weight) {
   if (p.n == 0 || p.k == 0) return;  // an empty tensor has no memory
   std::memset(weight, 0, static_cast<size_t>(p.n * p.k) * sizeof(float));
-  if (p.value16 != nullptr) return unpack_bf16(p, weight);
+  if (p.format == kBitmap32 && p.value16 != nullptr) return unpack_bf16(p, weight);
   find(p.format, p.block)->unpack(p, weight);
 }
 

@@ -1,6 +1,6 @@
-// The packs of a sparse weight [N,K] that run on the CPU, float32 or (bitmap32: bitmap16.h) bfloat16: one face for all
-// layouts. Each layout is documented to the byte in its own header (formats/<format>.h); all begin with the 64-byte
-// header of runtime/pack.h, dtype 2.
+// The packs of a sparse weight [N,K] that run on the CPU, float32 or (bitmap32: bitmap16.h; panels128) bfloat16: one
+// face for all layouts. Each layout is documented to the byte in its own header (formats/<format>.h); all begin with
+// the 64-byte header of runtime/pack.h, dtype 2.
 #pragma once
 #include <cstdint>
 #include <string>

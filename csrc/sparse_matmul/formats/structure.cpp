@@ -77,7 +77,7 @@ std::string view_labelled(const uint8_t* bytes, int64_t size, int64_t n, int64_t
   if (!error.empty()) return error;
   PackHeader h;
   std::memcpy(&h, bytes, sizeof h);
-  if (h.format != kPanels128 || h.n != n || h.k != k || h.nonzeros != nonzeros)
+  if (h.format != kPanels128 || h.dtype != kDTypeF32 || h.n != n || h.k != k || h.nonzeros != nonzeros)
     return "got one of format " + text(h.format) + " [" + text(h.n) + ", " + text(h.k) + "], " + text(h.nonzeros) +
            " non-zeros";
   const auto* label = reinterpret_cast<const uint8_t*>(out->pack.value);

@@ -30,9 +30,8 @@ def pack(
         weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K] for `sparse_linear`: dense,
             torch.sparse_csr, sparse_csc, sparse_coo or a scipy.sparse matrix, of which exactly what is zero is left
             out (a zero that is stored explicitly, too); float16 or bfloat16 [N, K], for `sparse_linear` on CUDA
-            (bitmap32 of bfloat16: on the CPU, too). 4-bit
-            codes [N, K] for `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point
-            (`quantize_groups`).
+            (of bfloat16 bitmap32 on the CPU, too, and panels128 there alone). 4-bit codes [N, K] for
+            `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
             `sparse_int8_linear` "bitmap_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, formats/blocks_s8.h in
             csrc/sparse_matmul), or "sparse": that of the three which fits the zeros and `rows`. uint8: "u4".
@@ -41,7 +40,8 @@ def pack(
             weight can be packed so, whole blocks with something in them are stored); for at most N of every M
             consecutive k not zero "nm1:4", "nm2:4" or "nm4:8" (formats/nm.h: other weights are refused). float16,
             bfloat16: "nm24", where at most 2 of every 4 consecutive k are not zero; "blocks16", squares of 32 or 64,
-            whichever suits, for many rows; "bitmap32" for few. "auto": vnni16, u4 (uint8), nm24, or what was measured
+            whichever suits, for many rows; "bitmap32" for few; bfloat16: "panels128" for many on the CPU. "auto":
+            vnni16, u4 (uint8), nm24 (bfloat16 that is not 2:4: bitmap32 or panels128, by `rows`), or what was measured
             to be the fastest for the weight's size, zeros and `rows` (float32: measured on this machine, some
             milliseconds, and remembered: docs/kernels/sparse_matmul.md, "auto"; FASTSPARSE_CACHE=off takes a rule of
             thumb).
@@ -61,7 +61,7 @@ def pack(
     sparse = weight.dtype == torch.float32
     half = weight.dtype in (torch.float16, torch.bfloat16)
     nibbles = weight.dtype == torch.uint8
-    floats = _FLOAT32 if sparse else sparse_matmul.HALF_FORMATS
+    floats = _FLOAT32 if sparse else sparse_matmul.half_formats(weight.dtype)
     known = ("auto", *(floats if sparse or half else ("u4",) if nibbles else _INT8))
     if format not in known:
         names = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
@@ -74,7 +74,7 @@ def pack(
         if value is not None:
             raise ValueError(f"pack: {name} is for the format 'u4' alone, got one for {format!r}")
     if half:
-        return sparse_matmul.pack_half(weight, format)
+        return sparse_matmul.pack_half(weight, format, rows)
     if format in _SPARSE_INT8 and not sparse:
         return sparse_int8.pack_sparse_int8(weight, format, rows[1] if isinstance(rows, tuple) else rows)
     return sparse_matmul.pack_float(weight, format, rows) if sparse else int8_gemm.pack_int8(weight)

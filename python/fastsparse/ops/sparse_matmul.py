@@ -21,8 +21,8 @@ from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 from fastsparse.ops.sparse_training import to_csr, values_linear
 
 FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4, "sell8": 8}
-# Of float16 and bfloat16 weights, for CUDA; bitmap32 of bfloat16 runs on the CPU, too.
-HALF_FORMATS = {"nm24": 5, "blocks16": 14, "bitmap32": 2}
+# Of float16 and bfloat16 weights, for CUDA; bitmap32 of bfloat16 runs on the CPU, too, and panels128 on nothing else.
+HALF_FORMATS = {"nm24": 5, "blocks16": 14, "panels128": 4, "bitmap32": 2}
 MAX_SELL_K = 65536  # kMaxSellK in csrc/sparse_matmul/sparse_matmul.h
 # Measured: docs/kernels/sparse_matmul.md. Rows of x up to which a few-rows format is the fastest, below AVX-512 sell16,
 # and the density from which that is bitmap32.
@@ -64,9 +64,9 @@ def sparse_linear(
     Args:
         x: float32 [..., K]; any strides. bfloat16 and float16 are computed in float32 and rounded at the end. For a
             weight of 16 bits on CUDA: of the weight's dtype.
-        weight: a pack of f32[N, K], from `pack`, or a bitmap32 of bfloat16, which gives the bits of the float32 pack of
-            the same values; on CUDA any of float16 or bfloat16. It is a plain tensor without a gradient. Or, with
-            `values`, a structure from `sparse_structure`.
+        weight: a pack of f32[N, K], from `pack`, or a bitmap32, sell8 or panels128 of bfloat16, which gives the bits of
+            the float32 pack of the same values; on CUDA any of float16 or bfloat16. It is a plain tensor without a
+            gradient. Or, with `values`, a structure from `sparse_structure`.
         bias: float32 [N].
         activation: None, "relu", "gelu" (the exact one) or "silu".
         out_features: N. Needed under torch.compile where there is no bias (the pack's bytes can't be read there).
@@ -172,9 +172,17 @@ def repack_pair(pack: Tensor, header: dict[str, Any]) -> Tensor:
     return _pack_two(unpack_float(pack, header), first, second, header["block"])
 
 
-def pack_half(weight: Tensor, format: str) -> Tensor:
-    """`ops.pack` for float16 and bfloat16 weights; "auto" is nm24."""
-    format = "nm24" if format == "auto" else format
+def half_formats(dtype: torch.dtype) -> tuple[str, ...]:
+    return tuple(name for name in HALF_FORMATS if dtype == torch.bfloat16 or name != "panels128")
+
+
+def pack_half(weight: Tensor, format: str, rows: Rows) -> Tensor:
+    """`ops.pack` for float16 and bfloat16 weights; "auto" is nm24, or where bfloat16 is not 2:4 what the CPU has."""
+    if format == "auto":
+        format = "nm24"
+        if weight.dtype == torch.bfloat16 and weight.dim() == 2 and not _auto.two_of_four(weight.detach()):
+            most = rows[1] if isinstance(rows, tuple) else rows
+            format = "panels128" if most is None or most > FEW_ROWS else "bitmap32"
     if weight.layout != torch.strided:
         raise ValueError(f"pack: weight must be dense for {format}, got layout {weight.layout}")
     try:
