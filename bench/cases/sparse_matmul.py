@@ -37,7 +37,14 @@ SHAPES = [
     if (k, n) in PLOTTED or at_a_bar(m, zeros)
 ]
 # A line of the plot each, where this build has it: the format, the most and the least rows of x at which it is shown.
-FORMATS = (("bitmap32", 16, 1), ("rank64", 16, 1), ("sell16", 16, 1), ("sell8", 16, 1), ("panels128", 512, 4))
+FORMATS = (
+    ("bitmap32", 16, 1),
+    ("rank64", 16, 1),
+    ("sell16", 16, 1),
+    ("sell8", 16, 1),
+    ("sell8x32", 16, 1),
+    ("panels128", 512, 4),
+)
 DEFAULT = ("default",)
 CHECKED_ROWS = 4  # held against float64: all of M = 512, N = 11008 would take longer than the bench
 # Modules with cases of this family, if they are there: each has register(), which calls `case` and `peer`.
@@ -157,8 +164,10 @@ def format_missing(format: str) -> Callable[[], str | None]:
         if why:
             return why
         from fastsparse.ops import sparse_matmul
+        from fastsparse.ops._pack import SHAPED
 
-        return None if format in sparse_matmul.FORMATS else f"this build has no format {format}"
+        known = format in sparse_matmul.FORMATS or format in SHAPED
+        return None if known else f"this build has no format {format}"
 
     return available
 

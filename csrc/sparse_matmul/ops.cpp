@@ -19,7 +19,6 @@
 #include "formats/blocks16.h"
 #include "formats/nm24.h"
 #include "formats/packed_format.h"
-#include "formats/panels128.h"
 #include "formats/sparse.h"
 #include "select.h"
 #include "sparse_matmul.h"
@@ -193,9 +192,21 @@ Tensor unpack_cpu(Tensor pack, int64_t n, int64_t k) {
   return out;
 }
 
-// --- float16 and bfloat16 weights; bitmap32 and panels128 of bfloat16 run on the CPU --------------------------------
+// --- float16 and bfloat16 weights; bitmap32, sell8 and panels128 of bfloat16 run on the CPU ---------------------------
 
-Tensor half_pack_cpu(Tensor weight, int64_t format) {
+// A sell8 or panels128 of a bfloat16 weight [n, k].
+std::vector<uint8_t> pack_bf16(const formats::PackedFormat& format, const Tensor& weight, const uint16_t* bits) {
+  const int64_t n = weight.size(0), k = weight.size(1);
+  std::vector<float> wide(static_cast<size_t>(n * k));
+  for (int64_t row = 0; row < n; ++row)
+    for (int64_t column = 0; column < k; ++column) {
+      const uint32_t high = uint32_t{bits[row * weight.stride(0) + column * weight.stride(1)]} << 16;
+      std::memcpy(&wide[static_cast<size_t>(row * k + column)], &high, 4);
+    }
+  return formats::pack(format, wide.data(), k, 1, n, k);
+}
+
+Tensor half_pack_cpu(Tensor weight, int64_t format, int64_t block) {
   constexpr const char* kOp = "half_pack";
   check_cpu(kOp, "weight", weight);
   const DType dtype = float_dtype(kOp, "weight", weight);
@@ -217,11 +228,19 @@ Tensor half_pack_cpu(Tensor weight, int64_t format) {
     bytes = blocks16::pack(bits, weight.stride(0), weight.stride(1), n, k, dtype);
   } else if (format == bitmap16::kFormat) {
     bytes = bitmap16::pack(bits, weight.stride(0), weight.stride(1), n, k, dtype);
-  } else if (format == kPanels128) {
-    if (dtype != DType::bf16) fail(kOp, "weight must be bfloat16 or float32 for panels128, got float16");
-    bytes = panels16::pack(bits, weight.stride(0), weight.stride(1), n, k);
+  } else if (format == kSell8 || format == kPanels128) {
+    const formats::PackedFormat* const packed = formats::find(format, block, formats::kDTypeBf16);
+    if (packed == nullptr)
+      fail(kOp, "block must be 64 (sell8), 32 (sell8x32) or 192 (panels128), got " + std::to_string(block));
+    if (dtype != DType::bf16)
+      fail(kOp, std::string("weight must be bfloat16 or float32 for ") + packed->name + ", got float16");
+    if (k > packed->largest_k)
+      fail(kOp, "weight must have at most K=" + std::to_string(packed->largest_k) + " columns for " + packed->name +
+                    ", got " + shape_of("weight", weight));
+    bytes = pack_bf16(*packed, weight, bits);
   } else {
-    fail(kOp, "format must be 2 (bitmap32), 4 (panels128), 5 (nm24) or 14 (blocks16), got " + std::to_string(format));
+    fail(kOp, "format must be 2 (bitmap32), 4 (panels128), 5 (nm24), 8 (sell8) or 14 (blocks16), got " +
+                  std::to_string(format));
   }
   Tensor out = empty_pack(weight, static_cast<int64_t>(bytes.size()));
   std::memcpy(out.mutable_data_ptr(), bytes.data(), bytes.size());
@@ -232,7 +251,7 @@ Tensor half_pack_cpu(Tensor weight, int64_t format) {
 struct HalfPack {
   int64_t n, k;
   DType dtype;
-  std::variant<nm24::Weight, blocks16::Weight, bitmap16::Weight, panels16::Weight> weight;
+  std::variant<nm24::Weight, blocks16::Weight, bitmap16::Weight, Pack> weight;
 };
 
 HalfPack valid_half(const char* op, const Tensor& pack) {
@@ -247,9 +266,25 @@ HalfPack valid_half(const char* op, const Tensor& pack) {
     return {weight.n, weight.k, weight.dtype, weight};
   };
   if (header.format == blocks16::kFormat) return valid(blocks16::Weight{}, &blocks16::validate, "a blocks16");
+  if (header.format == kSell8 || header.format == kPanels128) {
+    const std::string name = header.format == kSell8 ? "sell8" : "panels128";
+    const std::string error = formats::validate(bytes, size);
+    if (!error.empty()) fail(op, "pack must be a bfloat16 " + name + " pack: " + error);
+    if (header.dtype != formats::kDTypeBf16)
+      fail(op, "pack must be a bfloat16 " + name + " pack: got one of float32");
+    Pack p;
+    formats::view(bytes, size, &p);
+    return {p.n, p.k, DType::bf16, p};
+  }
   if (bitmap16::is_bitmap16(header)) return valid(bitmap16::Weight{}, &bitmap16::validate, "a 16-bit bitmap32");
-  if (panels16::is_panels16(header)) return valid(panels16::Weight{}, &panels16::validate, "a bfloat16 panels128");
   return valid(nm24::Weight{}, &nm24::validate, "an nm24");
+}
+
+// Into a contiguous bfloat16 [n, k].
+void unpack(const Pack& p, uint16_t* weight) {
+  std::vector<float> wide(static_cast<size_t>(p.n * p.k));
+  formats::unpack(p, wide.data());
+  for (size_t i = 0; i < wide.size(); ++i) std::memcpy(weight + i, reinterpret_cast<const uint8_t*>(&wide[i]) + 2, 2);
 }
 
 int64_t half_validate_cpu(Tensor pack) { return valid_half("half_validate", pack).n; }
@@ -278,7 +313,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
   m.def("sparse_pack(Tensor weight, int format, int block=0) -> Tensor");
   m.def("sparse_validate(Tensor pack) -> int");
   m.def("sparse_unpack(Tensor pack, int n, int k) -> Tensor");
-  m.def("half_pack(Tensor weight, int format) -> Tensor");
+  m.def("half_pack(Tensor weight, int format, int block=0) -> Tensor");
   m.def("half_validate(Tensor pack) -> int");
   m.def("half_unpack(Tensor pack, int n, int k, bool bfloat16) -> Tensor");
 }

@@ -1,8 +1,8 @@
 // sparse_matmul: the contract of every kernel of the family. Read this first. Torch-free.
 //
-//   sparse_linear   y[M,N] = act(x[M,K] W^T + bias), all float32, W[N,K] in one of the packs of formats/. A bitmap32
-//                   or panels128 pack may hold bfloat16: widened exactly, so the bits of y are those of the float32
-//                   pack of the same values.
+//   sparse_linear   y[M,N] = act(x[M,K] W^T + bias), all float32, W[N,K] in one of the packs of formats/. bitmap32,
+//                   sell8 and panels128 packs may hold bfloat16: widened exactly, so the bits of y are those of the
+//                   float32 pack of the same values.
 //
 // Exactness: an output is one chain of fused multiply-adds over ascending k that starts at +0, whatever the format, the
 // level, the number of threads and the number of rows: so for finite x the bits of y are always the same. (Slots that a
@@ -29,26 +29,25 @@ inline constexpr int64_t kPassRows = 64;     // rows of x that meet a panels128 
 inline constexpr int64_t kMaxSellK = 65536;  // of sell16, sell8 and blocks
 inline constexpr int64_t kSell8Slack = 256;  // of x behind kMaxSellK that a damaged sell8 pack may have read
 
-inline constexpr int64_t kBitmapColumns = 32;                          // outputs of a bitmap32 block
-inline constexpr int64_t kSell16Rows = 16;                             // outputs of a sell16 slice
-inline constexpr int64_t kSell16StepBytes = 96;                        // 16 f32, 16 u16
-inline constexpr int64_t kSell8Rows = 64;                              // outputs of a sell8 slice
-inline constexpr int64_t kSell8Window = 64;                            // k of x that a step of it may use
-inline constexpr int64_t kSell8Base = 16;                              // they begin at a multiple of this
-inline constexpr int64_t kSell8Steps = 4;                              // steps of a group
-inline constexpr int64_t kSell8IndexBytes = kSell8Steps * kSell8Rows;  // of a group; its values follow
-inline constexpr int64_t kSell8GroupBytes = kSell8IndexBytes + kSell8Steps * kSell8Rows * 4;
-inline constexpr int64_t kChunk = 256;        // outputs of the widest chunk of a panels128, blocks or nm pack
-inline constexpr int64_t kGroup = 8;          // outputs of a panels128 group, which are stored step by step
-inline constexpr int64_t kBlockK = 192;       // k of a panels128 block
-inline constexpr int64_t kIndexReach = 256;   // what the indices of a damaged block can say
-inline constexpr int64_t kBlockRows = 4;      // rows of x that one pass over a blocks pack serves
-inline constexpr int64_t kNmRows = 8;         // the same of an nm pack
-inline constexpr int64_t kSlice = 16;         // outputs that stand side by side in such a pack
-inline constexpr int64_t kWidestBlock = 16;   // k of the widest block
-inline constexpr int64_t kTileRows = 64;      // rows of x in the widest panel for such a pack
-inline constexpr int64_t kTileK = 128;        // k that meet such a panel at a time
-inline constexpr int64_t kSlack = 512;        // floats behind the values that may be read
+inline constexpr int64_t kBitmapColumns = 32;    // outputs of a bitmap32 block
+inline constexpr int64_t kSell16Rows = 16;       // outputs of a sell16 slice
+inline constexpr int64_t kSell16StepBytes = 96;  // 16 f32, 16 u16
+inline constexpr int64_t kSell8Rows = 64;        // outputs of a sell8 slice, and k of x that a step of it may use
+inline constexpr int64_t kSell8x32Rows = 32;     // the same of sell8x32
+inline constexpr int64_t kSell8Base = 16;        // these k begin at a multiple of this
+inline constexpr int64_t kSell8Steps = 4;        // steps of a group
+
+inline constexpr int64_t kChunk = 256;       // outputs of the widest chunk of a panels128, blocks or nm pack
+inline constexpr int64_t kGroup = 8;         // outputs of a panels128 group, which are stored step by step
+inline constexpr int64_t kBlockK = 192;      // k of a panels128 block
+inline constexpr int64_t kIndexReach = 256;  // what the indices of a damaged block can say
+inline constexpr int64_t kBlockRows = 4;     // rows of x that one pass over a blocks pack serves
+inline constexpr int64_t kNmRows = 8;        // the same of an nm pack
+inline constexpr int64_t kSlice = 16;        // outputs that stand side by side in such a pack
+inline constexpr int64_t kWidestBlock = 16;  // k of the widest block
+inline constexpr int64_t kTileRows = 64;     // rows of x in the widest panel for such a pack
+inline constexpr int64_t kTileK = 128;       // k that meet such a panel at a time
+inline constexpr int64_t kSlack = 512;       // floats behind the values that may be read
 inline constexpr int64_t kColumnsSlack = 16;  // floats behind the sums of a chunk of kChunk outputs that may be read
 
 // The codes of the layouts, in the header of a pack (formats/<layout>.h).
@@ -63,26 +62,32 @@ static inline int64_t chunk_width(int64_t n, int64_t unit) {
 static inline int64_t panel_width(int64_t n) { return chunk_width(n, kGroup); }  // panels128
 static inline int64_t tile_width(int64_t n) { return chunk_width(n, kSlice); }   // blocks; nm, whose packs have none
 
+// A group of slices of so many outputs: an index byte and a value of each lane and step.
+static inline constexpr int64_t sell8_group_bytes(int64_t rows, int64_t value_bytes) {
+  return kSell8Steps * rows * (1 + value_bytes);
+}
+
 // A pack, taken apart by formats::view. Only the pointers of its format are set.
 struct Pack {
   int format;
   int64_t n, k;
   int64_t total;            // stored values (bitmap32, nm), steps (sell16: of 16 values, panels128: of 8, blocks) or
                             // groups (sell8)
-  uint32_t block;           // blocks, nm: the header's, which says their shape
+  uint32_t block;           // blocks, nm, sell8: the header's, which says their shape
+  bool bf16;                // bitmap32, sell8, panels128: of bfloat16
   const uint64_t* offset;   // first value, step or group of each block, slice or chunk, and the total at last
   const uint32_t* mask;     // bitmap32: [blocks][k], bit j: output 32 * block + j
-  const uint32_t* row;      // sell16, sell8: [slices][16 or 64], the output of each lane; N and above: none
+  const uint32_t* row;      // sell16, sell8: [slices][16, 32 or 64], output of each lane; N and above: none
   const uint8_t* step;      // sell16: [total][96]; nm: the runs
   const uint16_t* base;     // sell8: [total][4], where the window of each step begins, in 16 k
-  const uint8_t* group;     // sell8: [total][1280]
+  const uint8_t* group;     // sell8: [total][sell8_group_bytes(block, 4 or 2)]
   const uint8_t* order;     // panels128: [chunks][k blocks][W + W / 8]: the rows, then the steps of their groups;
                             // blocks: [slices][16/R]
   const uint8_t* index;     // panels128: [total][8], k inside the block
   const uint8_t* count;     // blocks: [slices][k blocks][16/R]
   const uint16_t* first_k;  // blocks: [total][16/R]
   const float* value;
-  const uint16_t* value16;  // bitmap32, panels128 of bfloat16 instead of value, else null
+  const uint16_t* value16;  // bitmap32, panels128 of bfloat16: instead of value, else null
 };
 
 // Sums of blocks (slices) [begin, end) for `rows` rows of x (from 1 up to kBitmapRows, kSell16PassRows, ...): y[r,

@@ -20,8 +20,8 @@ from fastsparse import _C, ops, reference
 from fastsparse.ops.sparse_matmul import choose_format
 from tests.support import forced, guarded, isa_levels, same_bits, strided, threads
 
-FORMATS = ("bitmap32", "sell16", "panels128", "sell8")
-BF16_FORMATS = ("bitmap32", "panels128")
+FORMATS = ("bitmap32", "sell16", "panels128", "sell8", "sell8x32")
+BF16_FORMATS = ("bitmap32", "sell8", "sell8x32", "panels128")
 ACTIVATIONS = (None, "relu", "gelu", "silu")
 # Round the tiles: 4 rows a pass, panels of 8, 16, 32 and twice 32 rows; 8, 16, 32 and 256 outputs; 8 and 192 k.
 SHAPES = [
@@ -210,12 +210,12 @@ def test_every_index_of_the_sell_formats(isa: str) -> None:
     w = sparse(17, ops.sparse_matmul.MAX_SELL_K, 0.999)
     x = torch.randn(5, w.shape[1])
     with forced(isa, "sparse_matmul"):
-        got, other, expected = (ops.sparse_linear(x, ops.pack(w, format)) for format in ("sell16", "sell8", "bitmap32"))
-    assert same_bits(got, expected)
-    assert same_bits(other, expected)
+        expected = ops.sparse_linear(x, ops.pack(w, "bitmap32"))
+        for format in ("sell16", "sell8", "sell8x32"):
+            assert same_bits(ops.sparse_linear(x, ops.pack(w, format)), expected), format
 
 
-@pytest.mark.parametrize("format", ["bitmap32", "sell16", "sell8"])
+@pytest.mark.parametrize("format", ["bitmap32", "sell16", "sell8", "sell8x32"])
 def test_threads_get_equal_shares_of_skewed_weights(format: str) -> None:
     w = torch.randn(520, 200) * (torch.rand(520, 200) < torch.linspace(1, 0, 520)[:, None] ** 3)
     w[::2, :120] = 0
@@ -250,10 +250,17 @@ def pad(data: bytes, room: int = 0) -> bytes:
     return data + b"\0" * (room + -(len(data) + room) % 64)
 
 
-def pack_restated(w: np.ndarray, format: str) -> bytes:
-    """formats/{bitmap32,sell16,panels128,sell8}.h again, in Python."""
+def pairs_of_bf16(values: np.ndarray) -> bytes:
+    """The values of a step of a bfloat16 sell8: lanes j and 16 + j of every 32 beside each other."""
+    return (values.view("<u4") >> 16).astype("<u2").reshape(-1, 2, 16).transpose(0, 2, 1).tobytes()
+
+
+def pack_restated(w: np.ndarray, format: str, bf16: bool = False) -> bytes:
+    """formats/{bitmap32,sell16,panels128,sell8}.h again, in Python; bf16: of sell8, where w holds such values."""
     n, k = w.shape
-    number, block = {"bitmap32": (2, 32), "sell16": (3, 16), "panels128": (4, 192), "sell8": (8, 64)}[format]
+    number, block = {
+        "bitmap32": (2, 32), "sell16": (3, 16), "panels128": (4, 192), "sell8": (8, 64), "sell8x32": (8, 32)
+    }[format]  # fmt: skip
     offset, middle, value, index = [0], b"", b"", b""
     if format == "bitmap32":
         for b in range(0, n, 32):
@@ -277,30 +284,30 @@ def pack_restated(w: np.ndarray, format: str) -> bytes:
                 steps += values.tobytes() + ks.tobytes()
             offset.append(len(steps) // 96)
         tail = pad(middle) + pad(steps)
-    elif format == "sell8":
+    elif format.startswith("sell8"):
         order = sorted(range(n), key=lambda r: -np.count_nonzero(w[r]))
         bases = groups = b""
-        for s in range(0, n, 64):
-            lanes = order[s : s + 64]
-            middle += struct.pack("<64I", *lanes, *[2**32 - 1] * (64 - len(lanes)))
+        for s in range(0, n, block):
+            lanes = order[s : s + block]
+            middle += struct.pack(f"<{block}I", *lanes, *[2**32 - 1] * (block - len(lanes)))
             left = [list(np.flatnonzero(w[r])) for r in lanes]
             steps = []
             while any(left):
                 base = min(c[0] for c in left if c) // 16
-                values, ks = np.zeros(64, "<f4"), np.zeros(64, np.uint8)
+                values, ks = np.zeros(block, "<f4"), np.zeros(block, np.uint8)
                 for lane, c in enumerate(left):
-                    if c and c[0] < 16 * base + 64:
+                    if c and c[0] < 16 * base + block:
                         values[lane], ks[lane] = w[lanes[lane], c[0]], c[0] - 16 * base
                         del c[0]
                 steps.append((base, ks, values))
             while len(steps) % 4:
-                steps.append((0, np.zeros(64, np.uint8), np.zeros(64, "<f4")))
+                steps.append((0, np.zeros(block, np.uint8), np.zeros(block, "<f4")))
             for g in range(0, len(steps), 4):
                 four = steps[g : g + 4]
                 bases += struct.pack("<4H", *(base for base, _, _ in four))
                 groups += np.stack([ks for _, ks, _ in four], 1).tobytes()
-                groups += b"".join(values.tobytes() for _, _, values in four)
-            offset.append(len(groups) // 1280)
+                groups += b"".join(pairs_of_bf16(values) if bf16 else values.tobytes() for _, _, values in four)
+            offset.append(len(groups) // ((12 if bf16 else 20) * block))
         tail = pad(middle) + pad(bases) + groups
     else:
         chunks = 2 * ((n + 511) // 512)
@@ -325,7 +332,8 @@ def pack_restated(w: np.ndarray, format: str) -> bytes:
         tail = pad(middle) + pad(index) + pad(value)
     body = pad(struct.pack(f"<{len(offset)}Q", *offset)) + tail
     nonzeros = int(np.count_nonzero(w))
-    return HEADER.pack(b"fspk", number, 1, 2, block, n, k, nonzeros, 64 + len(body), bytes(16)) + body
+    dtype = 4 if bf16 else 2
+    return HEADER.pack(b"fspk", number, 1, dtype, block, n, k, nonzeros, 64 + len(body), bytes(16)) + body
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -339,6 +347,46 @@ def test_pack_is_as_documented_to_the_byte_and_back(format: str) -> None:
             header = ops.describe(pack)
             assert (header["format"], header["dtype"], header["n"], header["k"]) == (format, "float32", n, k)
             assert (header["nonzeros"], header["bytes"]) == (int(w.count_nonzero()), pack.numel())
+
+
+@pytest.mark.parametrize("format", ["sell8", "sell8x32"])
+def test_sell8_of_bfloat16_is_as_documented_to_the_byte_and_back(format: str) -> None:
+    for n, k in [(1, 1), (3, 5), (16, 32), (33, 129), (100, 200), (0, 4), (4, 0)]:
+        for zeros in (0.0, 0.6, 1.0):
+            w = sparse(n, k, zeros).bfloat16()
+            pack = ops.pack(w, format)
+            assert pack.numpy().tobytes() == pack_restated(w.float().numpy(), format, bf16=True), (n, k, zeros)
+            assert torch.equal(ops.pack(w.t().contiguous().t(), format), pack), "other strides"
+            assert same_bits(ops.unpack(pack), w + 0.0)
+            header = ops.describe(pack)
+            assert (header["format"], header["dtype"], header["n"], header["k"]) == (format, "bfloat16", n, k)
+            assert (header["nonzeros"], header["bytes"]) == (int(w.count_nonzero()), pack.numel())
+
+
+def test_sell8_of_bfloat16_says_what_is_wrong() -> None:
+    clean = sparse(40, 70).bfloat16()
+    for format, block in (("sell8", 64), ("sell8x32", 32)):
+        pack = ops.pack(clean, format)
+        for at in range(0, pack.numel(), 7):
+            damaged = pack.clone()
+            damaged[at] ^= 0x41
+            try:
+                weight = ops.unpack(damaged)
+            except ValueError:
+                continue
+            assert at >= 64  # what is left is the pack of another weight
+            assert torch.equal(ops.pack(weight, format), damaged), at
+        with pytest.raises(ValueError, match=r"^half_validate: pack must be a bfloat16 sell8 pack: got .* float32$"):
+            torch.ops.fastsparse.half_validate(ops.pack(clean.float(), format))
+        with pytest.raises(ValueError, match=r"^half_unpack: pack must be of \[N=40, K=71\] .* got \[N=40, K=70\]$"):
+            torch.ops.fastsparse.half_unpack(pack, 40, 71, True)
+        with pytest.raises(ValueError, match=r"^pack: weight must be bfloat16 for sell8, got float16$"):
+            ops.pack(clean.half(), format)
+        with pytest.raises(ValueError, match=r"^pack: weight must have at most K=65536 columns for sell8"):
+            ops.pack(torch.zeros(1, 65537, dtype=torch.bfloat16), format)
+        opcheck(torch.ops.fastsparse.half_pack.default, (clean, 8, block))
+    with pytest.raises(ValueError, match=r"^half_pack: block must be 64 \(sell8\) or 32 \(sell8x32\), got 16$"):
+        torch.ops.fastsparse.half_pack(clean, 8, 16)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -359,9 +407,9 @@ def test_auto_chooses_by_rows_and_density(isa: str) -> None:
     for zeros, rows, format in [
         (0.5, 1, "bitmap32"),
         (0.95, 1, "sell8" if wide else "sell16"),
-        (0.95, 2, "sell8" if wide else "sell16"),
+        (0.95, 2, "sell8x32" if wide else "sell16"),
         (0.5, 4, "bitmap32"),
-        (0.95, 4, "sell8" if wide else "panels128"),
+        (0.95, 4, "sell8x32" if wide else "panels128"),
         (0.5, 5, "panels128"),
         (0.95, 5, "panels128"),
         (0.5, 64, "panels128"),
@@ -371,6 +419,27 @@ def test_auto_chooses_by_rows_and_density(isa: str) -> None:
         with forced(isa, "sparse_matmul"):
             assert ops.describe(ops.pack(w, rows=rows))["format"] == format
             assert choose_format(0.1, 65537, rows) == ("bitmap32" if rows in (1, 2) else "panels128")
+
+
+@pytest.mark.parametrize("isa", isa_levels())
+def test_auto_of_bfloat16_has_formats_of_the_cpu_for_few_rows(isa: str) -> None:
+    wide = isa in ("avx512", "amx")
+    for zeros, rows, format in [
+        (0.5, 1, "bitmap32"),
+        (0.95, 1, "sell8" if wide else "bitmap32"),
+        (0.95, 4, "sell8x32" if wide else "bitmap32"),
+        (0.95, 16, "bitmap32"),
+        (1.0, None, "nm24"),
+        (1.0, 17, "nm24"),
+        (1.0, (1, 64), "nm24"),
+    ]:
+        w = (torch.ones(60, 64) * (torch.rand(60, 64) >= zeros)).bfloat16()
+        with forced(isa, "sparse_matmul"):
+            assert ops.describe(ops.pack(w, rows=rows))["format"] == format, (zeros, rows)
+    w = (torch.randn(256, 256) * (torch.rand(256, 256) < 0.05)).bfloat16()
+    pack = ops.pack(w, rows=2)  # large enough to be measured
+    assert ops.describe(pack)["format"] in BF16_FORMATS
+    assert same_bits(ops.unpack(pack), w + 0.0)
 
 
 def refused_or_harmless(pack: Tensor, n: int, k: int) -> None:

@@ -98,6 +98,11 @@ struct Quad {
   __m128 v;
   static Quad zero() { return {_mm_setzero_ps()}; }
   static Quad load(const float* p) { return {_mm_loadu_ps(p)}; }
+  static Quad of_bf16(const uint16_t* p, bool high) {
+    const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm_castsi128_ps(high ? _mm_and_si128(pairs, _mm_set1_epi32(static_cast<int>(0xffff0000)))
+                                  : _mm_slli_epi32(pairs, 16))};
+  }
   void store(float* p) const { _mm_storeu_ps(p, v); }
   static Quad of(const float* x, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     return {_mm_setr_ps(x[a], x[b], x[c], x[d])};

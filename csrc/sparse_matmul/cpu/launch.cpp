@@ -48,9 +48,8 @@ struct FewFormat {
 FewFormat few_format(const Kernels& kernels, const Pack& weight) {
   switch (weight.format) {
     case kSell16: return {kernels.sell16, kSell16PassRows, kSell16Rows, kSell16Rows, true};
-    case kSell8: return {kernels.sell8, kSell8PassRows, kSell8Rows, kSell8Steps * kSell8Rows, true};
-    default:
-      return {weight.value16 == nullptr ? kernels.bitmap : kernels.bitmap_bf16, kBitmapRows, kBitmapColumns, 1, false};
+    case kSell8: return {kernels.sell8, kSell8PassRows, weight.block, kSell8Steps * weight.block, true};
+    default: return {weight.bf16 ? kernels.bitmap_bf16 : kernels.bitmap, kBitmapRows, kBitmapColumns, 1, false};
   }
 }
 

@@ -47,6 +47,14 @@ struct Quad {
     memcpy(f.v, p, sizeof f.v);
     return f;
   }
+  static Quad of_bf16(const uint16_t* p, bool high) {
+    Quad f;
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t bits = uint32_t{p[2 * i + high]} << 16;
+      memcpy(f.v + i, &bits, 4);
+    }
+    return f;
+  }
   void store(float* p) const { memcpy(p, v, sizeof v); }
   static Quad of(const float* x, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return {{x[a], x[b], x[c], x[d]}}; }
   static Quad fma(const Quad& w, const Quad& x, const Quad& s) {

@@ -2,6 +2,7 @@
 //   zero()                       all lanes 0
 //   load(p), store(p)            4 floats
 //   of(x, a, b, c, d)            x[a], x[b], x[c], x[d]
+//   of_bf16(p, high)             the low or the high halves of 4 dwords, widened
 //   fma(w, x, s)                 s += w * x
 // The four steps of a group are taken at once for four lanes: their sixteen indices are four words.
 
@@ -23,33 +24,42 @@ inline void clear(SellPart<kRows>& s) {
   s.a = s.b = s.c = s.d = Quad::zero();
 }
 
-// A group for four lanes.
-__attribute__((always_inline)) inline Quad add_four(Quad sum, const float* value, const uint8_t* index, const float* x,
-                                                    const uint16_t* base) {
+// The values of lanes [lane, lane + 4) of a step, lane a multiple of 4.
+inline Quad sell8_values(const float* step, int64_t lane) { return Quad::load(step + lane); }
+inline Quad sell8_values(const uint16_t* step, int64_t lane) {
+  return Quad::of_bf16(step + lane / 32 * 32 + lane % 16 * 2, lane / 16 % 2 != 0);
+}
+
+// A group for lanes [lane, lane + 4) of kLanes, whose indices these are.
+template <int64_t kLanes, class T>
+__attribute__((always_inline)) inline Quad add_four(Quad sum, const T* value, int64_t lane, const uint8_t* index,
+                                                    const float* x, const uint16_t* base) {
   uint32_t a, b, c, d;
   memcpy(&a, index, 4);
   memcpy(&b, index + 4, 4);
   memcpy(&c, index + 8, 4);
   memcpy(&d, index + 12, 4);
-  sum = Quad::fma(Quad::load(value), Quad::of(sell_x(x, base[0]), a & 255, b & 255, c & 255, d & 255), sum);
-  sum = Quad::fma(Quad::load(value + kSell8Rows),
+  sum = Quad::fma(sell8_values(value, lane), Quad::of(sell_x(x, base[0]), a & 255, b & 255, c & 255, d & 255), sum);
+  sum = Quad::fma(sell8_values(value + kLanes, lane),
                   Quad::of(sell_x(x, base[1]), a >> 8 & 255, b >> 8 & 255, c >> 8 & 255, d >> 8 & 255), sum);
-  sum = Quad::fma(Quad::load(value + 2 * kSell8Rows),
+  sum = Quad::fma(sell8_values(value + 2 * kLanes, lane),
                   Quad::of(sell_x(x, base[2]), a >> 16 & 255, b >> 16 & 255, c >> 16 & 255, d >> 16 & 255), sum);
-  return Quad::fma(Quad::load(value + 3 * kSell8Rows), Quad::of(sell_x(x, base[3]), a >> 24, b >> 24, c >> 24, d >> 24),
-                   sum);
+  return Quad::fma(sell8_values(value + 3 * kLanes, lane),
+                   Quad::of(sell_x(x, base[3]), a >> 24, b >> 24, c >> 24, d >> 24), sum);
 }
 
-inline void add_group(SellPart<0>&, const float*, const uint8_t*, const float*, int64_t, const uint16_t*) {}
-template <int kRows>
-__attribute__((always_inline)) inline void add_group(SellPart<kRows>& s, const float* value, const uint8_t* index,
-                                                     const float* x, int64_t stride, const uint16_t* base) {
-  add_group(s.above, value, index, x, stride, base);
+template <int64_t kLanes, class T>
+inline void add_group(SellPart<0>&, const T*, int64_t, const uint8_t*, const float*, int64_t, const uint16_t*) {}
+template <int64_t kLanes, class T, int kRows>
+__attribute__((always_inline)) inline void add_group(SellPart<kRows>& s, const T* value, int64_t lane,
+                                                     const uint8_t* index, const float* x, int64_t stride,
+                                                     const uint16_t* base) {
+  add_group<kLanes>(s.above, value, lane, index, x, stride, base);
   const float* const row = x + (kRows - 1) * stride;
-  s.a = add_four(s.a, value, index, row, base);
-  s.b = add_four(s.b, value + 4, index + 16, row, base);
-  s.c = add_four(s.c, value + 8, index + 32, row, base);
-  s.d = add_four(s.d, value + 12, index + 48, row, base);
+  s.a = add_four<kLanes>(s.a, value, lane, index, row, base);
+  s.b = add_four<kLanes>(s.b, value, lane + 4, index + 16, row, base);
+  s.c = add_four<kLanes>(s.c, value, lane + 8, index + 32, row, base);
+  s.d = add_four<kLanes>(s.d, value, lane + 12, index + 48, row, base);
 }
 
 inline void scatter(const SellPart<0>&, const uint32_t*, int64_t, float*, int64_t) {}
@@ -64,31 +74,38 @@ inline void scatter(const SellPart<kRows>& s, const uint32_t* row, int64_t n, fl
   scatter_lanes<16>(lanes, row, n, y + (kRows - 1) * stride);
 }
 
-template <int kRows>
+template <int64_t kLanes, class T, int kRows>
 void sell8_rows(const FewArgs& a) {
   const Pack& p = a.pack;
   for (int64_t slice = a.begin; slice < a.end; ++slice) {
     const int64_t begin = at_most(p.offset[slice], p.total), end = at_most(p.offset[slice + 1], p.total);
-    for (int64_t lane = 0; lane < kSell8Rows; lane += 16) {
+    for (int64_t lane = 0; lane < kLanes; lane += 16) {
       SellPart<kRows> sums;
       clear(sums);
       for (int64_t g = begin; g < end; ++g) {
-        const uint8_t* const group = p.group + g * kSell8GroupBytes;
-        add_group(sums, reinterpret_cast<const float*>(group + kSell8IndexBytes) + lane, group + lane * kSell8Steps,
-                  a.x, a.x_stride, p.base + g * kSell8Steps);
+        const uint8_t* const group = p.group + g * sell8_group_bytes(kLanes, sizeof(T));
+        add_group<kLanes>(sums, reinterpret_cast<const T*>(group + kSell8Steps * kLanes), lane,
+                          group + lane * kSell8Steps, a.x, a.x_stride, p.base + g * kSell8Steps);
       }
-      scatter(sums, p.row + slice * kSell8Rows + lane, p.n, a.y, a.y_stride);
+      scatter(sums, p.row + slice * kLanes + lane, p.n, a.y, a.y_stride);
     }
   }
 }
 
-void sell8(const FewArgs& a) {
+template <int64_t kLanes, class T>
+void sell8_of(const FewArgs& a) {
   switch (a.rows) {
-    case 1: return sell8_rows<1>(a);
-    case 2: return sell8_rows<2>(a);
-    case 3: return sell8_rows<3>(a);
-    default: return sell8_rows<4>(a);
+    case 1: return sell8_rows<kLanes, T, 1>(a);
+    case 2: return sell8_rows<kLanes, T, 2>(a);
+    case 3: return sell8_rows<kLanes, T, 3>(a);
+    default: return sell8_rows<kLanes, T, 4>(a);
   }
+}
+
+void sell8(const FewArgs& a) {
+  const bool wide = a.pack.block == kSell8Rows;
+  if (a.pack.bf16) return wide ? sell8_of<kSell8Rows, uint16_t>(a) : sell8_of<kSell8x32Rows, uint16_t>(a);
+  return wide ? sell8_of<kSell8Rows, float>(a) : sell8_of<kSell8x32Rows, float>(a);
 }
 
 }  // namespace

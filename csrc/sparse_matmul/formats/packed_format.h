@@ -1,5 +1,5 @@
-// What a packed layout of a float32 weight brings (formats/<format>.cpp), and what these files share. formats/sparse.h
-// is the face for everybody else.
+// What a packed layout of a float32 weight (sell8: or a bfloat16 one) brings (formats/<format>.cpp), and what these
+// files share. formats/sparse.h is the face for everybody else.
 //
 // Every section of a pack begins at a multiple of 64 from its start, the gaps are zero. Little-endian, the same on
 // every ISA level. A value is stored if its bits are not those of +0 or -0 (so a NaN or an infinity is stored).
@@ -50,6 +50,8 @@ struct PackedFormat {
   // Into a contiguous f32[n, k] of zeros, neither of them 0; the pack is not damaged (or any that view() took, where
   // damage() is differs_from_its_repack).
   void (*unpack)(const Pack&, float* weight);
+
+  uint32_t dtype = 2;  // PackHeader.dtype: float32, or 4, bfloat16, which pack() gets widened
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

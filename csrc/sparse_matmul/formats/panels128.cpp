@@ -1,6 +1,5 @@
 #include "panels128.h"
 
-#include <cstddef>
 #include <cstring>
 
 #include "sparse.h"
@@ -68,7 +67,7 @@ void fill_row(const Source& s, int64_t row, int64_t k, int64_t steps, uint8_t* i
 }
 
 template <class Value>
-std::vector<uint8_t> pack_as(const Source& s) {
+std::vector<uint8_t> pack(const Source& s) {
   const Layout empty(s.n, s.k, 0, sizeof(Value));
   int64_t steps = 0;
   for (int64_t chunk = 0; chunk < empty.chunks; ++chunk)
@@ -77,8 +76,8 @@ std::vector<uint8_t> pack_as(const Source& s) {
       for (int64_t g = 0; g < empty.groups; ++g) steps += sorted.steps(g);
     }
   const Layout l(s.n, s.k, steps, sizeof(Value));
-  std::vector<uint8_t> out = begin_pack(kPanels128Format, s, s.nonzeros(), l.end);
-  if (sizeof(Value) == 2) std::memcpy(out.data() + offsetof(PackHeader, dtype), &kDTypeBf16, sizeof kDTypeBf16);
+  const PackedFormat& format = sizeof(Value) == 2 ? kPanels128Bf16 : kPanels128Format;
+  std::vector<uint8_t> out = begin_pack(format, s, s.nonzeros(), l.end);
   auto* offset = reinterpret_cast<uint64_t*>(out.data() + l.offset);
   auto* value = reinterpret_cast<Value*>(out.data() + l.value);
   uint8_t *order = out.data() + l.order, *index = out.data() + l.index;
@@ -104,8 +103,6 @@ std::vector<uint8_t> pack_as(const Source& s) {
   return out;
 }
 
-std::vector<uint8_t> pack(const Source& s) { return pack_as<float>(s); }
-
 int64_t value_bytes(const PackHeader& h) { return h.dtype == kDTypeBf16 ? 2 : 4; }
 
 std::string view(const PackHeader& h, const uint8_t* bytes, int64_t size, Pack* out) {
@@ -125,7 +122,8 @@ std::string view(const PackHeader& h, const uint8_t* bytes, int64_t size, Pack* 
   out->offset = reinterpret_cast<const uint64_t*>(bytes + l.offset);
   out->order = bytes + l.order;
   out->index = bytes + l.index;
-  if (h.dtype == kDTypeBf16)
+  out->bf16 = h.dtype == kDTypeBf16;
+  if (out->bf16)
     out->value16 = reinterpret_cast<const uint16_t*>(bytes + l.value);
   else
     out->value = reinterpret_cast<const float*>(bytes + l.value);
@@ -198,7 +196,7 @@ std::string damage(const PackHeader& h, const Pack& p, const uint8_t* bytes) {
   return "";
 }
 
-void unpack_values(const Pack& p, float* weight) {
+void unpack(const Pack& p, float* weight) {
   const Layout l(p.n, p.k, p.total, 4);
   int64_t step = 0;
   for (int64_t part = 0; part < l.chunks * l.blocks; ++part) {
@@ -213,37 +211,14 @@ void unpack_values(const Pack& p, float* weight) {
   }
 }
 
+template <class Value>
+constexpr PackedFormat make(uint32_t dtype) {
+  return {kPanels128, "panels128", kBlockK, kLargestSide, &pack<Value>, &view, &damage, &unpack, dtype};
+}
+
 }  // namespace
 
-const PackedFormat kPanels128Format{kPanels128, "panels128", kBlockK, kLargestSide,
-                                    &pack,      &view,       &damage, &unpack_values};
+const PackedFormat kPanels128Format = make<float>(kDTypeF32);
+const PackedFormat kPanels128Bf16 = make<uint16_t>(kDTypeBf16);
 
 }  // namespace fs::sparse_matmul::formats
-
-namespace fs::sparse_matmul::panels16 {
-
-std::vector<uint8_t> pack(const uint16_t* weight, int64_t stride_n, int64_t stride_k, int64_t n, int64_t k) {
-  std::vector<float> wide(static_cast<size_t>(n * k));
-  for (int64_t row = 0; row < n; ++row)
-    for (int64_t column = 0; column < k; ++column)
-      wide[static_cast<size_t>(row * k + column)] = formats::widened(weight[row * stride_n + column * stride_k]);
-  return formats::pack_as<uint16_t>({wide.data(), k, 1, n, k});
-}
-
-std::string validate(const uint8_t* bytes, int64_t size, Weight* out) {
-  std::string error = formats::view(bytes, size, &out->pack);
-  if (error.empty() && (out->pack.format != kPanels128 || out->pack.value16 == nullptr))
-    error = "got another format or dtype";
-  if (error.empty()) error = formats::validate(bytes, size);
-  if (error.empty()) *out = {out->pack.n, out->pack.k, DType::bf16, out->pack};
-  return error;
-}
-
-void unpack(const Weight& p, uint16_t* weight) {
-  if (p.n == 0 || p.k == 0) return;  // an empty tensor has no memory
-  std::vector<float> wide(static_cast<size_t>(p.n * p.k));
-  formats::unpack(p.pack, wide.data());
-  for (size_t i = 0; i < wide.size(); ++i) formats::put(wide[i], weight + i);
-}
-
-}  // namespace fs::sparse_matmul::panels16

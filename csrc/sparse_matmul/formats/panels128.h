@@ -11,34 +11,10 @@
 //   f32 value[steps][8]       as index; a row that has ended: +0
 // Of bfloat16 (header dtype 4): u16 value[steps][8], 3 bytes a non-zero.
 #pragma once
-#include "../../runtime/dtype.h"
 #include "packed_format.h"
 
 namespace fs::sparse_matmul::formats {
 
-extern const PackedFormat kPanels128Format;
+extern const PackedFormat kPanels128Format, kPanels128Bf16;
 
 }  // namespace fs::sparse_matmul::formats
-
-// Those of bfloat16, as the other formats of 16-bit weights have it.
-namespace fs::sparse_matmul::panels16 {
-
-struct Weight {
-  int64_t n, k;
-  DType dtype;  // bf16
-  Pack pack;
-};
-
-// Whether a header is of this and not of a float32 panels128.
-inline bool is_panels16(const PackHeader& h) { return h.format == kPanels128 && h.dtype == 4; }
-
-// The pack of the bits of a weight [n, k], element (n, k) at n * stride_n + k * stride_k.
-std::vector<uint8_t> pack(const uint16_t* weight, int64_t stride_n, int64_t stride_k, int64_t n, int64_t k);
-
-// Takes a pack apart and looks at every byte: empty only for what pack() writes, apart from the values.
-std::string validate(const uint8_t* bytes, int64_t size, Weight* out);
-
-// The inverse of pack(), into a contiguous [n, k]; the pack has passed validate().
-void unpack(const Weight& pack, uint16_t* weight);
-
-}  // namespace fs::sparse_matmul::panels16

@@ -18,8 +18,9 @@ namespace fs::sparse_matmul::formats {
 namespace {
 
 constexpr const PackedFormat* kFormats[] = {
-    &kBitmap32Format, &kSell16Format, &kPanels128Format, &kSell8Format, &kBlocks1x4, &kBlocks4x4,
-    &kBlocks8x8,      &kBlocks16x16,  &kBlocks16x1,      &kNm14,        &kNm24,      &kNm48,
+    &kBitmap32Format, &kSell16Format, &kPanels128Format, &kSell8Format, &kSell8x32Format, &kBlocks1x4,
+    &kBlocks4x4,      &kBlocks8x8,    &kBlocks16x16,     &kBlocks16x1,  &kNm14,           &kNm24,
+    &kNm48,           &kSell8Bf16,    &kSell8x32Bf16, &kPanels128Bf16,
 };
 
 template <class T>
@@ -40,12 +41,13 @@ Pack of_bf16(const bitmap16::Weight& w) {
   p.total = w.total;
   p.offset = w.offset;
   p.mask = w.mask;
+  p.bf16 = true;
   p.value16 = w.value;
   return p;
 }
 
 // Into zeros.
-void unpack_bf16(const Pack& p, float* weight) {
+void unpack_bitmap_bf16(const Pack& p, float* weight) {
   const uint16_t* value = p.value16;
   for (int64_t b = 0; b < ceil_div(p.n, kBitmapColumns); ++b)
     for (int64_t k = 0; k < p.k; ++k)
@@ -63,12 +65,12 @@ std::string header_error(const PackHeader& h, int64_t size, const PackedFormat**
   if (h.format == kPair) return "got a pair, which runs on the CPU only";
   if (h.format == blocks16::kFormat) return "got blocks16, which runs on CUDA only";
   if (bitmap16::is_bitmap16(h)) return "got a bitmap32 of float16, which runs on CUDA only";
-  const PackedFormat* f = *format = find(h.format, h.block);
+  const PackedFormat* f = *format = find(h.format, h.block, h.dtype);
   if (f == nullptr) f = *format = find(h.format);
   if (f == nullptr) return "got format " + text(h.format) + ", expected " + known();
   if (h.version != kVersion)
     return std::string("got ") + f->name + " version " + text(h.version) + ", this build reads version 1";
-  if ((h.dtype != kDTypeF32 && !panels16::is_panels16(h)) || h.block != f->block)
+  if (h.dtype != f->dtype || h.block != f->block)
     return "got dtype code " + text(h.dtype) + " and block " + text(h.block) + ", expected 2 and " + text(f->block);
   const bool sides = h.n >= 0 && h.k >= 0 && h.n < kLargestSide && h.k < kLargestSide;
   if (!sides || h.k > f->largest_k) return "got a damaged header: N=" + text(h.n) + ", K=" + text(h.k);
@@ -80,16 +82,17 @@ std::string header_error(const PackHeader& h, int64_t size, const PackedFormat**
 
 }  // namespace
 
-const PackedFormat* find(int64_t code, int64_t block) {
+const PackedFormat* find(int64_t code, int64_t block, uint32_t dtype) {
   for (const PackedFormat* format : kFormats)
-    if (format->code == code && (block == 0 || format->block == block)) return format;
+    if (format->code == code && (block == 0 || format->block == block) && format->dtype == dtype) return format;
   return nullptr;
 }
 
 std::string known() {
   std::string all;
   for (const PackedFormat* format : kFormats) {
-    if (!all.empty()) all += format == std::end(kFormats)[-1] ? " or " : ", ";
+    if (format->dtype != kDTypeF32) continue;
+    if (!all.empty()) all += format == &kNm48 ? " or " : ", ";
     all += text(format->code) + " (" + format->name + ")";
   }
   return all;
@@ -145,17 +148,17 @@ std::string validate(const uint8_t* bytes, int64_t size) {
   const std::string error = view(bytes, size, &p);
   if (!error.empty()) return error;
   bitmap16::Weight w;
-  if (p.format == kBitmap32 && p.value16 != nullptr) return bitmap16::validate(bytes, size, &w);
+  if (p.format == kBitmap32 && p.bf16) return bitmap16::validate(bytes, size, &w);
   PackHeader h;
   std::memcpy(&h, bytes, sizeof h);
-  return h.format == kPair ? pair_damage(h, bytes, size) : find(h.format, h.block)->damage(h, p, bytes);
+  return h.format == kPair ? pair_damage(h, bytes, size) : find(h.format, h.block, h.dtype)->damage(h, p, bytes);
 }
 
 void unpack(const Pack& p, float* weight) {
   if (p.n == 0 || p.k == 0) return;  // an empty tensor has no memory
   std::memset(weight, 0, static_cast<size_t>(p.n * p.k) * sizeof(float));
-  if (p.format == kBitmap32 && p.value16 != nullptr) return unpack_bf16(p, weight);
-  find(p.format, p.block)->unpack(p, weight);
+  if (p.format == kBitmap32 && p.bf16) return unpack_bitmap_bf16(p, weight);
+  find(p.format, p.block, p.bf16 ? kDTypeBf16 : kDTypeF32)->unpack(p, weight);
 }
 
 // --- what the layouts share ------------------------------------------------------------------------------------------
@@ -165,7 +168,7 @@ std::vector<uint8_t> begin_pack(const PackedFormat& format, const Source& source
   std::memcpy(header.magic, "fspk", 4);
   header.format = static_cast<uint16_t>(format.code);
   header.version = kVersion;
-  header.dtype = kDTypeF32;
+  header.dtype = format.dtype;
   header.block = format.block;
   header.n = source.n;
   header.k = source.k;

@@ -1,6 +1,6 @@
-// The packs of a sparse weight [N,K] that run on the CPU, float32 or (bitmap32: bitmap16.h; panels128) bfloat16: one
-// face for all layouts. Each layout is documented to the byte in its own header (formats/<format>.h); all begin with
-// the 64-byte header of runtime/pack.h, dtype 2.
+// The packs of a sparse weight [N,K] that run on the CPU, float32 or (sell8, panels128; bitmap32: bitmap16.h) bfloat16:
+// one face for all layouts. Each layout is documented to the byte in its own header (formats/<format>.h); all begin
+// with the 64-byte header of runtime/pack.h, dtype 2 or 4.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -16,9 +16,9 @@ struct PackedFormat;
 inline constexpr uint16_t kVersion = 1;
 inline constexpr uint32_t kDTypeF32 = 2, kDTypeBf16 = 4;
 
-// The layout with this code and header block (0: the first with the code), or null; and all of them as "2 (bitmap32), 3
-// (sell16) or ...", for messages.
-const PackedFormat* find(int64_t code, int64_t block = 0);
+// The layout with this code, header block (0: the first with the code) and dtype, or null; and those of float32 as "2
+// (bitmap32), 3 (sell16) or ...", for messages.
+const PackedFormat* find(int64_t code, int64_t block = 0, uint32_t dtype = kDTypeF32);
 std::string known();
 
 // The pack of f32[n, k], element (n, k) at n * stride_n + k * stride_k, k at most what the layout allows.

@@ -1,4 +1,4 @@
-"""How `pack(format="auto")` chooses for float32 weights: by measurement, remembered per machine.
+"""How `pack(format="auto")` chooses for float32 and bfloat16 weights: by measurement, remembered per machine.
 
 What was measured lies in formats.json in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, /fastsparse), or in the
 folder that FASTSPARSE_CACHE names; FASTSPARSE_CACHE=0 or off measures nothing, and a rule of thumb decides. A file that
@@ -48,18 +48,20 @@ Seconds = dict[str, float]
 
 @dataclass(frozen=True)
 class Weight:
-    """What is to be packed, and how: f32[N, K], and the part of it that is not zero."""
+    """What is to be packed, and how: f32 or bf16[N, K], and the part of it that is not zero."""
 
     dense: Tensor
     density: float
     pack: Callable[[Tensor, str], Tensor]  # (weight, format): the pack
     rule: Callable[[int | None], str]  # the format for these rows where nothing can be measured
+    formats: tuple[str, ...] = ()  # to choose from; none: any
 
     @functools.cached_property
     def fitting(self) -> list[Candidate]:
         found: list[Candidate] = []
         for c in CANDIDATES:
-            if all(c.unless != other.format for other in found) and c.fits(self.dense, self.density):
+            named = not self.formats or c.format in self.formats
+            if named and all(c.unless != other.format for other in found) and c.fits(self.dense, self.density):
                 found.append(c)
         return found
 
@@ -133,6 +135,7 @@ def _sell(wide: bool) -> Callable[[Tensor, float], bool]:
 CANDIDATES = (
     Candidate("bitmap32", most_rows=16),
     Candidate("sell8", most_rows=16, fits=_sell(wide=True)),
+    Candidate("sell8x32", most_rows=16, fits=_sell(wide=True)),
     Candidate("sell16", most_rows=16, fits=_sell(wide=False)),
     Candidate("panels128"),
     Candidate("blocks4x4", fits=_in_blocks(4, 4)),
@@ -300,6 +303,7 @@ def _key(weight: Weight, rows: int, formats: Sequence[str]) -> str | None:
         "n": weight.dense.shape[0],
         "k": weight.dense.shape[1],
         "density": bucket,
+        "dtype": str(weight.dense.dtype).removeprefix("torch."),
         "rows": rows,
         "formats": " ".join(formats),
     }

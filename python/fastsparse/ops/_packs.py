@@ -30,19 +30,20 @@ def pack(
         weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K] for `sparse_linear`: dense,
             torch.sparse_csr, sparse_csc, sparse_coo or a scipy.sparse matrix, of which exactly what is zero is left
             out (a zero that is stored explicitly, too); float16 or bfloat16 [N, K], for `sparse_linear` on CUDA
-            (of bfloat16 bitmap32 on the CPU, too, and panels128 there alone). 4-bit codes [N, K] for
-            `weight_only_linear`: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
+            (of bfloat16 bitmap32, sell8 and panels128 on the CPU, too). 4-bit codes [N, K] for `weight_only_linear`: int8
+            in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
             `sparse_int8_linear` "bitmap_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, formats/blocks_s8.h in
             csrc/sparse_matmul), or "sparse": that of the three which fits the zeros and `rows`. uint8: "u4".
-            float32: "bitmap32", "sell16", "sell8" or "panels128" (csrc/sparse_matmul/formats); for zeros in blocks of
-            outputs x k "blocks1x4", "blocks4x4", "blocks8x8", "blocks16x16" or "blocks16x1" (formats/blocks.h: any
-            weight can be packed so, whole blocks with something in them are stored); for at most N of every M
-            consecutive k not zero "nm1:4", "nm2:4" or "nm4:8" (formats/nm.h: other weights are refused). float16,
-            bfloat16: "nm24", where at most 2 of every 4 consecutive k are not zero; "blocks16", squares of 32 or 64,
-            whichever suits, for many rows; "bitmap32" for few; bfloat16: "panels128" for many on the CPU. "auto":
-            vnni16, u4 (uint8), nm24 (bfloat16 that is not 2:4: bitmap32 or panels128, by `rows`), or what was measured
-            to be the fastest for the weight's size, zeros and `rows` (float32: measured on this machine, some
+            float32: "bitmap32", "sell16", "sell8", "sell8x32" or "panels128" (csrc/sparse_matmul/formats); for zeros in
+            blocks of outputs x k "blocks1x4", "blocks4x4", "blocks8x8", "blocks16x16" or "blocks16x1"
+            (formats/blocks.h: any weight can be packed so, whole blocks with something in them are stored); for at
+            most N of every M consecutive k not zero "nm1:4", "nm2:4" or "nm4:8" (formats/nm.h: other weights are
+            refused). float16, bfloat16: "nm24", where at most 2 of every 4 consecutive k are not zero; "blocks16",
+            squares of 32 or 64, whichever suits, for many rows; "bitmap32" for few; bfloat16 on the CPU also "sell8"
+            and "sell8x32" for few and "panels128" for many. "auto": vnni16, u4 (uint8), nm24 (not of bfloat16 that is
+            for up to 16 rows, or not 2:4), or what was measured to be the fastest for the weight's size, zeros and
+            `rows` (float32, and bfloat16 on the CPU: measured on this machine, some
             milliseconds, and remembered: docs/kernels/sparse_matmul.md, "auto"; FASTSPARSE_CACHE=off takes a rule of
             thumb).
         rows: rows of x to be expected; None: many. Every format serves any number, at its own speed. (few, many), for

@@ -21,14 +21,17 @@ from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 from fastsparse.ops.sparse_training import to_csr, values_linear
 
 FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4, "sell8": 8}
-# Of float16 and bfloat16 weights, for CUDA; bitmap32 of bfloat16 runs on the CPU, too, and panels128 on nothing else.
-HALF_FORMATS = {"nm24": 5, "blocks16": 14, "panels128": 4, "bitmap32": 2}
+# Of float16 and bfloat16 weights, for CUDA; bitmap32 of bfloat16 runs on the CPU, too, sell8 and panels128 there alone.
+HALF_FORMATS = {"nm24": 5, "blocks16": 14, "bitmap32": 2, "sell8": 8, "sell8x32": 8, "panels128": 4}
+BF16_FORMATS = ("bitmap32", "sell8", "sell8x32", "panels128")  # on the CPU
+BF16_ROWS = 16  # up to which "auto" takes one of these for 2:4 weights, too
 MAX_SELL_K = 65536  # kMaxSellK in csrc/sparse_matmul/sparse_matmul.h
 # Measured: docs/kernels/sparse_matmul.md. Rows of x up to which a few-rows format is the fastest, below AVX-512 sell16,
-# and the density from which that is bitmap32.
+# and the density from which that is bitmap32; on AVX-512 the rows from which sell8x32 is faster than sell8.
 FEW_ROWS = 4
 SELL16_ROWS = 2
 BITMAP_DENSITY = 0.4
+SELL8X32_ROWS = 2
 PAIR_WEIGHTS_PER_BYTE = 171  # kPairWeightsPerByte in csrc/sparse_matmul/formats/pair.h
 
 _sparse_linear = torch.ops.fastsparse.sparse_linear.default
@@ -114,7 +117,7 @@ def choose_format(density: float, k: int, rows: int | None) -> str:
     if density >= BITMAP_DENSITY:
         return "bitmap32"
     if k <= MAX_SELL_K and _auto.avx512():
-        return "sell8"
+        return "sell8" if rows < SELL8X32_ROWS else "sell8x32"
     if rows > SELL16_ROWS:
         return "panels128"
     return "sell16" if k <= MAX_SELL_K else "bitmap32"
@@ -173,20 +176,40 @@ def repack_pair(pack: Tensor, header: dict[str, Any]) -> Tensor:
 
 
 def half_formats(dtype: torch.dtype) -> tuple[str, ...]:
-    return tuple(name for name in HALF_FORMATS if dtype == torch.bfloat16 or name != "panels128")
+    on_cpu_alone = ("sell8", "sell8x32", "panels128")
+    return tuple(name for name in HALF_FORMATS if dtype == torch.bfloat16 or name not in on_cpu_alone)
 
 
 def pack_half(weight: Tensor, format: str, rows: Rows) -> Tensor:
-    """`ops.pack` for float16 and bfloat16 weights; "auto" is nm24, or where bfloat16 is not 2:4 what the CPU has."""
-    if format == "auto":
-        format = "nm24"
-        if weight.dtype == torch.bfloat16 and weight.dim() == 2 and not _auto.two_of_four(weight.detach()):
-            most = rows[1] if isinstance(rows, tuple) else rows
-            format = "panels128" if most is None or most > FEW_ROWS else "bitmap32"
+    """`ops.pack` for float16 and bfloat16 weights; "auto" is nm24, or for bfloat16 what the CPU has."""
     if weight.layout != torch.strided:
-        raise ValueError(f"pack: weight must be dense for {format}, got layout {weight.layout}")
+        named = "nm24" if format == "auto" else format
+        raise ValueError(f"pack: weight must be dense for {named}, got layout {weight.layout}")
+    weight = weight.detach()
+    if format == "auto":
+        format = _choose_half(weight, rows)
+    return _half_pack_as(weight, format)
+
+
+def _choose_half(weight: Tensor, rows: Rows) -> str:
+    most = rows[1] if isinstance(rows, tuple) else rows
+    if weight.dtype != torch.bfloat16 or weight.dim() != 2:
+        return "nm24"
+    if (most is None or most > BF16_ROWS) and _auto.two_of_four(weight):
+        return "nm24"
+    density = int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
+
+    def rule(rows: int | None) -> str:
+        format = choose_format(density, weight.shape[1], rows)
+        return format if format in BF16_FORMATS else "bitmap32"
+
+    return _auto.choose(_auto.Weight(weight, density, _half_pack_as, rule, BF16_FORMATS), most)
+
+
+def _half_pack_as(weight: Tensor, format: str) -> Tensor:
+    block = {"sell8": 64, "sell8x32": 32}.get(format, 0)
     try:
-        return _half_pack(weight.detach(), HALF_FORMATS[format])
+        return _half_pack(weight, HALF_FORMATS[format], block)
     except ValueError as error:
         raise ValueError(f"pack: {str(error).removeprefix('half_pack: ')}") from None
 
@@ -241,7 +264,7 @@ def _(pack: Tensor, n: int, k: int) -> Tensor:
 
 
 @torch.library.register_fake("fastsparse::half_pack")
-def _(weight: Tensor, format: int) -> Tensor:
+def _(weight: Tensor, format: int, block: int = 0) -> Tensor:
     n, k = weight.shape
     if format == HALF_FORMATS["nm24"]:
         return weight.new_empty(HEADER.size + -(-n // 16) * 16 * (-(-k // 64) * 64) * 9 // 8, dtype=torch.uint8)
