@@ -30,36 +30,37 @@ inline Quad sell8_values(const uint16_t* step, int64_t lane) {
   return Quad::of_bf16(step + lane / 32 * 32 + lane % 16 * 2, lane / 16 % 2 != 0);
 }
 
-// A group for lanes [lane, lane + 4) of kLanes, whose indices these are.
-template <int64_t kLanes, class T>
-__attribute__((always_inline)) inline Quad add_four(Quad sum, const T* value, int64_t lane, const uint8_t* index,
-                                                    const float* x, const uint16_t* base) {
+// A group of a slice of `lanes` for lanes [lane, lane + 4), whose indices these are.
+template <class T>
+__attribute__((always_inline)) inline Quad add_four(Quad sum, const T* value, int64_t lanes, int64_t lane,
+                                                    const uint8_t* index, const float* x, const uint16_t* base) {
   uint32_t a, b, c, d;
   memcpy(&a, index, 4);
   memcpy(&b, index + 4, 4);
   memcpy(&c, index + 8, 4);
   memcpy(&d, index + 12, 4);
   sum = Quad::fma(sell8_values(value, lane), Quad::of(sell_x(x, base[0]), a & 255, b & 255, c & 255, d & 255), sum);
-  sum = Quad::fma(sell8_values(value + kLanes, lane),
+  sum = Quad::fma(sell8_values(value + lanes, lane),
                   Quad::of(sell_x(x, base[1]), a >> 8 & 255, b >> 8 & 255, c >> 8 & 255, d >> 8 & 255), sum);
-  sum = Quad::fma(sell8_values(value + 2 * kLanes, lane),
+  sum = Quad::fma(sell8_values(value + 2 * lanes, lane),
                   Quad::of(sell_x(x, base[2]), a >> 16 & 255, b >> 16 & 255, c >> 16 & 255, d >> 16 & 255), sum);
-  return Quad::fma(sell8_values(value + 3 * kLanes, lane),
+  return Quad::fma(sell8_values(value + 3 * lanes, lane),
                    Quad::of(sell_x(x, base[3]), a >> 24, b >> 24, c >> 24, d >> 24), sum);
 }
 
-template <int64_t kLanes, class T>
-inline void add_group(SellPart<0>&, const T*, int64_t, const uint8_t*, const float*, int64_t, const uint16_t*) {}
-template <int64_t kLanes, class T, int kRows>
-__attribute__((always_inline)) inline void add_group(SellPart<kRows>& s, const T* value, int64_t lane,
+template <class T>
+inline void add_group(SellPart<0>&, const T*, int64_t, int64_t, const uint8_t*, const float*, int64_t,
+                      const uint16_t*) {}
+template <class T, int kRows>
+__attribute__((always_inline)) inline void add_group(SellPart<kRows>& s, const T* value, int64_t lanes, int64_t lane,
                                                      const uint8_t* index, const float* x, int64_t stride,
                                                      const uint16_t* base) {
-  add_group<kLanes>(s.above, value, lane, index, x, stride, base);
+  add_group(s.above, value, lanes, lane, index, x, stride, base);
   const float* const row = x + (kRows - 1) * stride;
-  s.a = add_four<kLanes>(s.a, value, lane, index, row, base);
-  s.b = add_four<kLanes>(s.b, value, lane + 4, index + 16, row, base);
-  s.c = add_four<kLanes>(s.c, value, lane + 8, index + 32, row, base);
-  s.d = add_four<kLanes>(s.d, value, lane + 12, index + 48, row, base);
+  s.a = add_four(s.a, value, lanes, lane, index, row, base);
+  s.b = add_four(s.b, value, lanes, lane + 4, index + 16, row, base);
+  s.c = add_four(s.c, value, lanes, lane + 8, index + 32, row, base);
+  s.d = add_four(s.d, value, lanes, lane + 12, index + 48, row, base);
 }
 
 inline void scatter(const SellPart<0>&, const uint32_t*, int64_t, float*, int64_t) {}
@@ -74,38 +75,38 @@ inline void scatter(const SellPart<kRows>& s, const uint32_t* row, int64_t n, fl
   scatter_lanes<16>(lanes, row, n, y + (kRows - 1) * stride);
 }
 
-template <int64_t kLanes, class T, int kRows>
+template <class T, int kRows>
 void sell8_rows(const FewArgs& a) {
   const Pack& p = a.pack;
+  const int64_t lanes = p.block;
   for (int64_t slice = a.begin; slice < a.end; ++slice) {
     const int64_t begin = at_most(p.offset[slice], p.total), end = at_most(p.offset[slice + 1], p.total);
-    for (int64_t lane = 0; lane < kLanes; lane += 16) {
+    for (int64_t lane = 0; lane < lanes; lane += 16) {
       SellPart<kRows> sums;
       clear(sums);
       for (int64_t g = begin; g < end; ++g) {
-        const uint8_t* const group = p.group + g * sell8_group_bytes(kLanes, sizeof(T));
-        add_group<kLanes>(sums, reinterpret_cast<const T*>(group + kSell8Steps * kLanes), lane,
-                          group + lane * kSell8Steps, a.x, a.x_stride, p.base + g * kSell8Steps);
+        const uint8_t* const group = p.group + g * sell8_group_bytes(lanes, sizeof(T));
+        add_group(sums, reinterpret_cast<const T*>(group + kSell8Steps * lanes), lanes, lane,
+                  group + lane * kSell8Steps, a.x, a.x_stride, p.base + g * kSell8Steps);
       }
-      scatter(sums, p.row + slice * kLanes + lane, p.n, a.y, a.y_stride);
+      scatter(sums, p.row + slice * lanes + lane, p.n, a.y, a.y_stride);
     }
   }
 }
 
-template <int64_t kLanes, class T>
+template <class T>
 void sell8_of(const FewArgs& a) {
   switch (a.rows) {
-    case 1: return sell8_rows<kLanes, T, 1>(a);
-    case 2: return sell8_rows<kLanes, T, 2>(a);
-    case 3: return sell8_rows<kLanes, T, 3>(a);
-    default: return sell8_rows<kLanes, T, 4>(a);
+    case 1: return sell8_rows<T, 1>(a);
+    case 2: return sell8_rows<T, 2>(a);
+    case 3: return sell8_rows<T, 3>(a);
+    default: return sell8_rows<T, 4>(a);
   }
 }
 
 void sell8(const FewArgs& a) {
-  const bool wide = a.pack.block == kSell8Rows;
-  if (a.pack.bf16) return wide ? sell8_of<kSell8Rows, uint16_t>(a) : sell8_of<kSell8x32Rows, uint16_t>(a);
-  return wide ? sell8_of<kSell8Rows, float>(a) : sell8_of<kSell8x32Rows, float>(a);
+  if (a.pack.bf16) return sell8_of<uint16_t>(a);
+  sell8_of<float>(a);
 }
 
 }  // namespace

@@ -15,18 +15,11 @@ namespace {
 // DRAM 10% at 50 and 80% zeros.
 constexpr int64_t kSell8Ahead = 8 * sell8_group_bytes(kSell8Rows, 4);
 
-// Sixteen floats, loaded once: gcc 12 would load them for every use, and loads are what there is least of.
-inline __m512 held(const float* p) {
-  __m512 v = _mm512_loadu_ps(p);
-  asm("" : "+v"(v));
-  return v;
-}
-
 // The values of 32 lanes.
 struct SellValues {
   __m512 low, high;
 };
-inline SellValues sell8_values(const float* p) { return {held(p), held(p + 16)}; }
+inline SellValues sell8_values(const float* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
 inline SellValues sell8_values(const uint16_t* p) {
   const __m512i pairs = _mm512_loadu_si512(p);
   return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
@@ -65,7 +58,8 @@ template <class T, int kRows>
 inline void add_step(SellSums<kRows>& s, const T* value, const SellIndex& i, const float* x, int64_t stride) {
   add_step(s.above, value, i, x, stride);
   x += (kRows - 1) * stride;
-  const __m512 x0 = held(x), x1 = held(x + 16), x2 = held(x + 32), x3 = held(x + 48);
+  const __m512 x0 = _mm512_loadu_ps(x), x1 = _mm512_loadu_ps(x + 16);
+  const __m512 x2 = _mm512_loadu_ps(x + 32), x3 = _mm512_loadu_ps(x + 48);
   const SellValues w = sell8_values(value), v = sell8_values(value + 32);
   s.a = _mm512_fmadd_ps(w.low, pick(x0, x1, x2, x3, i.a, i.high_a), s.a);
   s.b = _mm512_fmadd_ps(w.high, pick(x0, x1, x2, x3, i.b, i.high_b), s.b);
@@ -141,6 +135,12 @@ inline void clear(NarrowSums<kRows>& s) {
   s.a = s.b = _mm512_setzero_ps();
 }
 
+// In a register: gcc 12 would load it for every use, and loads are what several rows have least of.
+inline __m512 held(__m512 v) {
+  asm("" : "+v"(v));
+  return v;
+}
+
 // The values and indices of a step.
 struct NarrowStep {
   SellValues value;
@@ -152,7 +152,7 @@ template <int kRows>
 inline void add_step(NarrowSums<kRows>& s, const NarrowStep& w, const float* x, int64_t stride) {
   add_step(s.above, w, x, stride);
   x += (kRows - 1) * stride;
-  const __m512 x0 = held(x), x1 = held(x + 16);
+  const __m512 x0 = held(_mm512_loadu_ps(x)), x1 = held(_mm512_loadu_ps(x + 16));
   s.a = _mm512_fmadd_ps(w.value.low, _mm512_permutex2var_ps(x0, w.index_a, x1), s.a);
   s.b = _mm512_fmadd_ps(w.value.high, _mm512_permutex2var_ps(x0, w.index_b, x1), s.b);
 }
@@ -161,7 +161,9 @@ template <int kStep, class T, int kRows>
 inline void add_step(NarrowSums<kRows>& s, const uint8_t* group, __m512i a, __m512i b, const uint16_t* base,
                      const FewArgs& args) {
   const auto* const value = reinterpret_cast<const T*>(group + kSell8Steps * kSell8x32Rows) + kStep * kSell8x32Rows;
-  const NarrowStep w{sell8_values(value), kStep == 0 ? a : _mm512_srli_epi32(a, 8 * kStep),
+  const SellValues v = sell8_values(value);
+  const NarrowStep w{{held(v.low), held(v.high)},
+                     kStep == 0 ? a : _mm512_srli_epi32(a, 8 * kStep),
                      kStep == 0 ? b : _mm512_srli_epi32(b, 8 * kStep)};
   add_step(s, w, sell_x(args.x, base[kStep]), args.x_stride);
 }

@@ -34,6 +34,10 @@ BITMAP_DENSITY = 0.4
 SELL8X32_ROWS = 2
 PAIR_WEIGHTS_PER_BYTE = 171  # kPairWeightsPerByte in csrc/sparse_matmul/formats/pair.h
 
+# Looked up here and not in torch at each call: 0.2 of 3.1 us.
+_FLOAT32, _HALVES = torch.float32, (torch.bfloat16, torch.float16)
+_is_grad_enabled = torch.is_grad_enabled
+
 _sparse_linear = torch.ops.fastsparse.sparse_linear.default
 _sparse_linear_now = eager(_sparse_linear)
 _sparse_linear_train = torch.ops.fastsparse.sparse_linear_train.default
@@ -92,11 +96,11 @@ def sparse_linear(
             f"sparse_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
         ) from None
     n = -1 if out_features is None else out_features
-    if x.dtype in (torch.bfloat16, torch.float16) and (values is not None or not x.is_cuda):
+    if x.dtype is not _FLOAT32 and x.dtype in _HALVES and (values is not None or not x.is_cuda):
         return sparse_linear(x.float(), weight, bias, activation, out_features, values).to(x.dtype)
     if values is not None:
         return values_linear(x, weight, values, bias, code, out_features)
-    if torch.is_grad_enabled():
+    if _is_grad_enabled():
         if weight.requires_grad:
             raise ValueError(
                 "sparse_linear: weight must not require a gradient: a pack has none (sparse_structure's values may)"
