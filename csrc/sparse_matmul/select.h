@@ -42,6 +42,9 @@ inline bool few_rows(const Pack& w, int64_t m) {
   return m <= (w.block >> 8 == 1 ? 4 : 8);  // blocks of one output, of more
 }
 
+// FewArgs::prefetch for a sell8 pack and so many rows of x. docs/kernels/sparse_matmul.md
+bool prefetch_sell8(const Pack& w, int64_t rows);
+
 // True: the work is too small for a second thread.
 inline bool one_thread(int64_t m, int64_t stored) { return m * stored < (int64_t{1} << 16); }
 

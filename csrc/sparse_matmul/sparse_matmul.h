@@ -102,6 +102,7 @@ struct FewArgs {
   int64_t begin, end;
   float* y;  // [rows, n], rows y_stride elements apart
   int64_t y_stride;
+  bool prefetch;  // sell8 on AVX-512: the pack is asked for ahead of its use
 };
 
 // One chunk of outputs for `count` panels of x: sums f32[count][kChunk][lanes], of which the first panel_width(N)

@@ -93,9 +93,9 @@ void linear_few(const Kernels& kernels, const LinearArgs& args) {
       part.x += row * args.x_stride;
       float* const y = args.y + row * w.n;
       if (f.scattered) {
-        f.kernel({w, copy_for_sell(part), kSellStride, part.m, begin, end, y, w.n});
+        f.kernel({w, copy_for_sell(part), kSellStride, part.m, begin, end, y, w.n, prefetch_sell8(w, part.m)});
       } else {
-        f.kernel({w, part.x, args.x_stride, part.m, begin, end, y, w.n});
+        f.kernel({w, part.x, args.x_stride, part.m, begin, end, y, w.n, false});
         const int64_t column = begin * f.width;
         finish_rows(kernels, args, row, part.m, column, std::min(end * f.width, w.n) - column);
       }
@@ -137,7 +137,7 @@ void linear_slices(const Kernels& kernels, const LinearArgs& args) {
     for (int64_t row = 0; row < args.m; row += height) {
       const int64_t rows = std::min(height, args.m - row), column = begin * kSlice;
       (blocks ? kernels.block_slices
-              : kernels.nm_slices)({w, x.x + row * x.stride, x.stride, rows, begin, end, args.y + row * w.n, w.n});
+              : kernels.nm_slices)({w, x.x + row * x.stride, x.stride, rows, begin, end, args.y + row * w.n, w.n, false});
       if (!blocks && begin < end) finish_rows(kernels, args, row, rows, column, std::min(end * kSlice, w.n) - column);
     }
   });

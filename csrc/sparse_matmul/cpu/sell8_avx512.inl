@@ -11,11 +11,8 @@
 
 namespace {
 
-// How far ahead groups are asked for, and from which size of a pack on for one row: a smaller one comes from a cache,
-// and prefetches cost 6 to 15% then (Zen 4); from DRAM they bring 10% at 50 and 80% zeros (Zen 5). Several rows of x
-// wait more: there they cost nothing.
+// How far ahead groups are asked for, where they are (FewArgs::prefetch).
 constexpr int64_t kSell8Ahead = 8 * sell8_group_bytes(kSell8Rows, 4);
-constexpr int64_t kSell8Large = 8 << 20;
 
 // The values of 32 lanes.
 struct SellValues {
@@ -100,7 +97,7 @@ inline void scatter(const SellSums<kRows>& s, const uint32_t* row, int64_t n, fl
   scatter_lanes<kSell8Rows>(lanes, row, n, y + (kRows - 1) * stride);
 }
 
-template <class T, int kRows, bool kAhead = true>
+template <class T, bool kAhead, int kRows>
 void sell8_rows(const FewArgs& args) {
   const Pack& p = args.pack;
   for (int64_t slice = args.begin; slice < args.end; ++slice) {
@@ -181,7 +178,7 @@ inline void scatter(const NarrowSums<kRows>& s, const uint32_t* row, int64_t n, 
   scatter_lanes<kSell8x32Rows>(lanes, row, n, y + (kRows - 1) * stride);
 }
 
-template <class T, int kRows>
+template <class T, bool kAhead, int kRows>
 void sell8x32_rows(const FewArgs& args) {
   constexpr int64_t kGroupBytes = sell8_group_bytes(kSell8x32Rows, sizeof(T));
   const Pack& p = args.pack;
@@ -192,7 +189,7 @@ void sell8x32_rows(const FewArgs& args) {
     for (int64_t g = begin; g < end; ++g) {
       const uint8_t* const group = p.group + g * kGroupBytes;
       const uint16_t* const base = p.base + g * kSell8Steps;
-      for (int64_t at = 0; kRows > 1 && at < kGroupBytes; at += 64) __builtin_prefetch(group + kSell8Ahead + at);
+      for (int64_t at = 0; kAhead && at < kGroupBytes; at += 64) __builtin_prefetch(group + kSell8Ahead + at);
       const __m512i a = _mm512_loadu_si512(group), b = _mm512_loadu_si512(group + 64);
       add_step<0, T>(sums, group, a, b, base, args);
       add_step<1, T>(sums, group, a, b, base, args);
@@ -203,21 +200,20 @@ void sell8x32_rows(const FewArgs& args) {
   }
 }
 
-template <class T>
+template <class T, bool kAhead>
 void sell8_of(const FewArgs& a) {
   const bool wide = a.pack.block == kSell8Rows;
-  const bool large = a.pack.total * sell8_group_bytes(kSell8Rows, sizeof(T)) >= kSell8Large;
   switch (a.rows) {
-    case 1: return !wide ? sell8x32_rows<T, 1>(a) : large ? sell8_rows<T, 1>(a) : sell8_rows<T, 1, false>(a);
-    case 2: return wide ? sell8_rows<T, 2>(a) : sell8x32_rows<T, 2>(a);
-    case 3: return wide ? sell8_rows<T, 3>(a) : sell8x32_rows<T, 3>(a);
-    default: return wide ? sell8_rows<T, 4>(a) : sell8x32_rows<T, 4>(a);
+    case 1: return wide ? sell8_rows<T, kAhead, 1>(a) : sell8x32_rows<T, kAhead, 1>(a);
+    case 2: return wide ? sell8_rows<T, kAhead, 2>(a) : sell8x32_rows<T, kAhead, 2>(a);
+    case 3: return wide ? sell8_rows<T, kAhead, 3>(a) : sell8x32_rows<T, kAhead, 3>(a);
+    default: return wide ? sell8_rows<T, kAhead, 4>(a) : sell8x32_rows<T, kAhead, 4>(a);
   }
 }
 
 void sell8(const FewArgs& a) {
-  if (a.pack.bf16) return sell8_of<uint16_t>(a);
-  sell8_of<float>(a);
+  if (a.pack.bf16) return a.prefetch ? sell8_of<uint16_t, true>(a) : sell8_of<uint16_t, false>(a);
+  a.prefetch ? sell8_of<float, true>(a) : sell8_of<float, false>(a);
 }
 
 }  // namespace
