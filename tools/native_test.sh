@@ -34,7 +34,7 @@ level scalar
   level avx2 $avx2
   level avxvnni $avx2 -mavxvnni
   level avx512 $avx512
-  level avx512vbmi2 $avx512 -mavx512vbmi2
+  level avx512vbmi2 $avx512 -mavx512vbmi -mavx512vbmi2
   level amx $avx512 -mamx-tile -mamx-int8
 }
 for source in csrc/runtime/isa.cpp csrc/"$family"/*select.cpp csrc/"$family"/formats/*.cpp csrc/"$family"/cpu/*launch.cpp "tests/native/$family.cpp"; do

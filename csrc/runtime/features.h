@@ -14,8 +14,8 @@ enum Feature : uint32_t {
   kAvx512VL = 1u << 6,
   kAvx512DQ = 1u << 7,
   kAvx512Vnni = 1u << 8,
-  kAvx512Vbmi2 = 1u << 9,
-  kAmxInt8 = 1u << 10,  // AMX-TILE and AMX-INT8, and the system lets this process use them
+  kAvx512Vbmi2 = 1u << 9,  // and VBMI: no CPU has the one without the other
+  kAmxInt8 = 1u << 10,     // AMX-TILE and AMX-INT8, and the system lets this process use them
 };
 
 // What the levels promise; every x86-64-v3 CPU has F16C beside AVX2 and FMA.

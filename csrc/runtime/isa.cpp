@@ -73,7 +73,7 @@ uint32_t read_cpuid() {
     if (b & bit_AVX512VL) f |= kAvx512VL;
     if (b & bit_AVX512DQ) f |= kAvx512DQ;
     if (c & bit_AVX512VNNI) f |= kAvx512Vnni;
-    if (c & bit_AVX512VBMI2) f |= kAvx512Vbmi2;
+    if ((c & bit_AVX512VBMI2) && (c & bit_AVX512VBMI)) f |= kAvx512Vbmi2;
     const unsigned amx = (1u << 24) | (1u << 25);  // AMX-TILE, AMX-INT8
     if (os_tiles && (d & amx) == amx && ask_for_tiles()) f |= kAmxInt8;
   }

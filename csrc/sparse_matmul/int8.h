@@ -6,16 +6,18 @@
 // the sums between them are exact integers. So the bits of y are those of int8_linear on the dense weight, whatever the
 // format, the level, the number of threads and of rows.
 //
-//   few rows   bitmap_s8 (formats/bitmap_s8.h): x as a row of codes; a tile of 16 outputs x 4 k is expanded in
-//   registers many rows  blocks_s8 (formats/blocks_s8.h): x as a panel, 4 k of up to 64 rows side by side, against one
-//   weight block
+//   bitmap_s8   few rows: x as a row of codes; a tile of 16 outputs x 4 k is expanded in registers
+//   windows_s8  zeros anywhere, few rows from caches or many: rows of codes, 64 of them in a register, of which each
+//               weight picks its own
+//   blocks_s8   zeros in blocks, many rows: x as a panel, 4 k of up to 64 rows side by side, against one weight block
 //
 // What a code is depends on the level (Kernels::dense): u8 = x_q + 128, or x_q itself as s16 or s8; sums start at
 // -offset * sum_k W(n, k), which turns the one into the other.
 //
 // Memory: a pack's bytes may be anything once header and size have passed (view). Positions in the values are held
 // below the total, behind which there is room for what one step may read; an index is a u8 into a panel that goes on
-// for 256 groups; outputs are u8 inside a padded chunk. Damaged bytes give wrong numbers and never an access outside.
+// for 256 groups, a window a u16 into a row of codes that goes on for 65536 groups; outputs are u8 inside a padded
+// chunk. Damaged bytes give wrong numbers and never an access outside.
 #pragma once
 #include <stdint.h>
 
@@ -32,6 +34,12 @@ inline constexpr int64_t kRoom = 512;        // bytes behind the values: more th
 inline constexpr int64_t kOutputs = 256;  // of a blocks_s8 chunk
 inline constexpr int64_t kGroups = 128;   // of 4 k, in one block of k: 32 KB of x for 64 rows
 inline constexpr int64_t kBlockRows[] = {1, 4};
+
+inline constexpr int64_t kWindow = 64;         // codes of x that a step of windows_s8 looks at
+inline constexpr int64_t kWindowOutputs = 32;  // outputs of its slices
+inline constexpr int64_t kSlots = 4;           // weights of an output in a step
+inline constexpr int64_t kStepBytes = 2 * kWindowOutputs * kSlots;
+inline constexpr int64_t kWindowReach = 65536 * kTileK + 256;  // codes: beyond any window, and any u8 index in it
 
 using int8_gemm::kMaxK;
 
@@ -62,6 +70,22 @@ struct Blocks {
   int64_t chunks() const { return (n + kOutputs - 1) / kOutputs; }
 };
 
+struct Windows {
+  int64_t n, k;
+  int64_t total;           // steps
+  const uint64_t* offset;  // [slices + 1], first step of each slice of kWindowOutputs
+  const uint16_t* base;    // [total], k / 4 of the window
+  const uint8_t* step;     // [total][2][kWindowOutputs][kSlots]: u8 index in the window, s8 value
+  const int32_t* sum;      // [kWindowOutputs * slices]
+  int64_t slices() const { return (n + kWindowOutputs - 1) / kWindowOutputs; }
+  // Steps of a slice, within the pack whatever offset says.
+  int64_t begin(int64_t slice) const { return at_most_total(offset[slice]); }
+  int64_t end(int64_t slice) const { return at_most_total(offset[slice + 1]); }
+  int64_t at_most_total(uint64_t step) const {
+    return step < static_cast<uint64_t>(total) ? static_cast<int64_t>(step) : total;
+  }
+};
+
 // acc[r * kMaxTileColumns + 16 * p + j] = sum of output 16 * (panel + p) + j for row r
 struct FewArgs {
   Bitmap weight;
@@ -74,6 +98,18 @@ struct FewArgs {
   int32_t* acc;
 };
 
+// acc[r * kMaxTileColumns + kWindowOutputs * s + j] = sum of output kWindowOutputs * (slice + s) + j for row r
+struct WindowArgs {
+  Windows weight;
+  const uint8_t* x;  // codes of `rows` rows, x_stride bytes apart; kWindowReach of them may be read from each row on
+  int64_t x_stride;
+  int64_t rows;  // 1 .. kWindowRows
+  int64_t slice, slices;
+  int32_t offset;
+  int32_t* acc;
+};
+inline constexpr int64_t kWindowRows = 8;
+
 // sums[output in chunk][lanes] of one chunk for one panel of x.
 struct PanelArgs {
   Blocks weight;
@@ -84,6 +120,8 @@ struct PanelArgs {
   int32_t* sums;  // [kOutputs][lanes]; outputs beyond N have no meaning
 };
 
+enum class Layout { bitmap, windows, blocks };
+
 struct Kernels {
   const char* name;
   isa::Level level;
@@ -93,6 +131,7 @@ struct Kernels {
   int few_rows;                         // rows of x that one pass over a bitmap serves
   int width;                            // rows of x in one vector of a panel
   void (*bitmap)(const FewArgs&);
+  void (*windows)(const WindowArgs&);
   void (*blocks)(const PanelArgs&);
 };
 
@@ -107,8 +146,9 @@ extern const Kernels kAvx512Vbmi2;
 
 // cpu/int8_launch.cpp: blocking, threads, scratch. `kernels` is what select() chose before work is split.
 struct LinearArgs {
-  bool is_bitmap;
-  Bitmap bitmap;
+  Layout layout;
+  Bitmap bitmap;  // that of these which layout names
+  Windows windows;
   Blocks blocks;
   const void* x;  // [m, k] of dtype, rows x_stride elements apart
   DType dtype;    // of x and y

@@ -10,6 +10,7 @@
 #include "../runtime/checks.h"
 #include "formats/bitmap_s8.h"
 #include "formats/blocks_s8.h"
+#include "formats/windows_s8.h"
 #include "int8.h"
 #include "int8_select.h"
 
@@ -28,13 +29,13 @@ const uint8_t* pack_data(const char* op, const char* name, const Tensor& t) {
   return static_cast<const uint8_t*>(t.const_data_ptr());
 }
 
-// A pack of either format.
+// A pack of any of the formats.
 struct Weight {
-  bool is_bitmap;
-  Bitmap bitmap;
+  int64_t n, k;
+  Layout layout;
+  Bitmap bitmap;  // that of these which layout names
+  Windows windows;
   Blocks blocks;
-  int64_t n() const { return is_bitmap ? bitmap.n : blocks.n; }
-  int64_t k() const { return is_bitmap ? bitmap.k : blocks.k; }
 };
 
 // Empty if the bytes are a pack: its header and size, or with `validated` all of them; else what is wrong.
@@ -44,11 +45,20 @@ std::string read_pack(const uint8_t* bytes, int64_t size, bool validated, Weight
   std::memcpy(&h, bytes, sizeof h);
   if (std::memcmp(h.magic, "fspk", 4) != 0)
     return "got bytes that do not begin with \"fspk\"; make one with ops.pack()";
-  out->is_bitmap = h.format == bitmap_s8::kFormat;
-  if (out->is_bitmap) return (validated ? bitmap_s8::validate : bitmap_s8::view)(h, bytes, size, &out->bitmap);
-  if (h.format == blocks_s8::kFormat)
-    return (validated ? blocks_s8::validate : blocks_s8::view)(h, bytes, size, &out->blocks);
-  return "got format " + std::to_string(h.format) + ", expected 11 (bitmap_s8) or 12 (blocks_s8)";
+  out->n = h.n;
+  out->k = h.k;
+  switch (h.format) {
+    case bitmap_s8::kFormat:
+      out->layout = Layout::bitmap;
+      return (validated ? bitmap_s8::validate : bitmap_s8::view)(h, bytes, size, &out->bitmap);
+    case windows_s8::kFormat:
+      out->layout = Layout::windows;
+      return (validated ? windows_s8::validate : windows_s8::view)(h, bytes, size, &out->windows);
+    case blocks_s8::kFormat:
+      out->layout = Layout::blocks;
+      return (validated ? blocks_s8::validate : blocks_s8::view)(h, bytes, size, &out->blocks);
+  }
+  return "got format " + std::to_string(h.format) + ", expected 11 (bitmap_s8), 12 (blocks_s8) or 16 (windows_s8)";
 }
 
 // All exponent bits set: an infinity or a NaN. As integers, so that the compiler makes vectors of it.
@@ -72,7 +82,7 @@ Tensor linear_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Te
   Weight w{};
   const std::string error = read_pack(pack_data(kLinear, "weight", weight), weight.numel(), false, &w);
   if (!error.empty()) fail(kLinear, "weight must be a sparse int8 pack: " + error);
-  const int64_t n = w.n(), k = w.k();
+  const int64_t n = w.n, k = w.k;
   if (x.size(dims - 1) != k)
     fail(kLinear,
          "x must have K=" + std::to_string(k) + " columns to match the packed weight, got " + shape_of("x", x));
@@ -97,8 +107,9 @@ Tensor linear_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Te
   shape[dims - 1] = n;
   Tensor y = empty(x, shape, dims, x.scalar_type());
   LinearArgs args{};
-  args.is_bitmap = w.is_bitmap;
+  args.layout = w.layout;
   args.bitmap = w.bitmap;
+  args.windows = w.windows;
   args.blocks = w.blocks;
   args.x = rows.const_data_ptr();
   args.dtype = dtype;
@@ -124,23 +135,25 @@ Tensor train_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Ten
 Tensor linear_cuda(Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t) { no_cuda(); }
 Tensor train_cuda(Tensor, Tensor, Tensor, std::optional<Tensor>) { no_cuda(); }
 
-// block: outputs of a block, 1 or 4, or 0 for bitmap_s8
+// block: outputs of a block, 1 or 4; 0 for bitmap_s8, 32 for windows_s8
 Tensor pack_cpu(Tensor weight, int64_t block) {
   constexpr const char* kOp = "sparse_int8_pack";
   check_cpu(kOp, "weight", weight);
   check_dtype(kOp, "weight", weight, ScalarType::Char);
   if (weight.dim() != 2) fail(kOp, "weight must be a matrix [N, K], got " + shape_of("weight", weight));
-  if (block != 0 && block != 1 && block != 4)
-    fail(kOp, "block must be 0 (bitmap_s8), 1 (blocks1x4) or 4 (blocks4x4), got " + std::to_string(block));
+  if (block != 0 && block != 1 && block != 4 && block != kWindowOutputs)
+    fail(kOp,
+         "block must be 0 (bitmap_s8), 1 (blocks1x4), 4 (blocks4x4) or 32 (windows_s8), got " + std::to_string(block));
   const int64_t n = weight.size(0), k = weight.size(1);
   if (k > kMaxK || n >= kLargestSide)
     fail(kOp, "weight must have at most K=" + std::to_string(kMaxK) +
                   " columns for the sums to be exact in int32, and fewer than 2^31 rows, got " +
                   shape_of("weight", weight));
   const auto* data = static_cast<const int8_t*>(weight.const_data_ptr());
-  const std::vector<uint8_t> bytes = block == 0
-                                         ? bitmap_s8::pack(data, weight.stride(0), weight.stride(1), n, k)
-                                         : blocks_s8::pack(data, weight.stride(0), weight.stride(1), n, k, block);
+  const int64_t stride_n = weight.stride(0), stride_k = weight.stride(1);
+  const std::vector<uint8_t> bytes = block == 0                ? bitmap_s8::pack(data, stride_n, stride_k, n, k)
+                                     : block == kWindowOutputs ? windows_s8::pack(data, stride_n, stride_k, n, k)
+                                                               : blocks_s8::pack(data, stride_n, stride_k, n, k, block);
   Tensor out = empty_pack(weight, static_cast<int64_t>(bytes.size()));
   std::memcpy(out.mutable_data_ptr(), bytes.data(), bytes.size());
   return out;
@@ -154,15 +167,18 @@ Weight valid_pack(const char* op, const Tensor& pack) {
   return w;
 }
 
-int64_t validate_cpu(Tensor pack) { return valid_pack("sparse_int8_validate", pack).n(); }
+int64_t validate_cpu(Tensor pack) { return valid_pack("sparse_int8_validate", pack).n; }
 
 Tensor unpack_cpu(Tensor pack, int64_t n, int64_t k) {
   const Weight w = valid_pack("sparse_int8_unpack", pack);
-  if (w.n() != n || w.k() != k)
-    fail("sparse_int8_unpack", "pack must be of " + sides(n, k) + ", got " + sides(w.n(), w.k()));
+  if (w.n != n || w.k != k) fail("sparse_int8_unpack", "pack must be of " + sides(n, k) + ", got " + sides(w.n, w.k));
   Tensor out = empty(pack, std::array{n, k}.data(), 2, ScalarType::Char);
   auto* data = static_cast<int8_t*>(out.mutable_data_ptr());
-  w.is_bitmap ? bitmap_s8::unpack(w.bitmap, data) : blocks_s8::unpack(w.blocks, data);
+  switch (w.layout) {
+    case Layout::bitmap: bitmap_s8::unpack(w.bitmap, data); break;
+    case Layout::windows: windows_s8::unpack(w.windows, data); break;
+    case Layout::blocks: blocks_s8::unpack(w.blocks, data); break;
+  }
   return out;
 }
 

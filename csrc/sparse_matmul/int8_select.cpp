@@ -22,6 +22,11 @@ void wrong_bitmap(const FewArgs& a) {
   a.acc[0] += 1;
 }
 
+void wrong_windows(const WindowArgs& a) {
+  kernels.spoiled().windows(a);
+  a.acc[0] += 1;
+}
+
 void wrong_blocks(const PanelArgs& a) {
   kernels.spoiled().blocks(a);
   a.sums[0] += 1;
@@ -36,6 +41,7 @@ std::vector<const Kernels*> table() { return kernels.all(); }
 void spoil(const std::string& name) {
   kernels.spoil("sparse_int8", name, [](Kernels& copy) {
     copy.bitmap = &wrong_bitmap;
+    copy.windows = &wrong_windows;
     copy.blocks = &wrong_blocks;
   });
 }
@@ -44,8 +50,9 @@ void pin(const std::string& name) { kernels.pin("sparse_int8", name); }
 
 std::vector<KernelInfo> kernel_infos() {
   return kernels.infos([](const Kernels& row) {
-    return std::to_string(row.few_rows) + "x" + std::to_string(kTileOutputs) + ", " + std::to_string(4 * row.width) +
-           "x1, " + std::to_string(4 * row.width) + "x4";
+    return std::to_string(row.few_rows) + "x" + std::to_string(kTileOutputs) + ", " + std::to_string(kWindowRows) +
+           "x" + std::to_string(kWindowOutputs) + ", " + std::to_string(4 * row.width) + "x1, " +
+           std::to_string(4 * row.width) + "x4";
   });
 }
 

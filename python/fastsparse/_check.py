@@ -197,7 +197,7 @@ def _sparse_int8(device: torch.device) -> Case:
             activation = _ACTIVATIONS[i % 4]
             expected = reference.sparse_int8_linear(x, weight, scale, bias, activation)
             same = ops.int8_linear(x, ops.pack(weight), scale, bias, activation)
-            for format in ("bitmap_s8", "blocks1x4", "blocks4x4"):
+            for format in ("bitmap_s8", "windows_s8", "blocks1x4", "blocks4x4"):
                 got = ops.sparse_int8_linear(x, ops.pack(weight, format), scale, bias, activation)
                 name = str(dtype).removeprefix("torch.")
                 what = f"sparse_int8_linear M={m} N={n} K={k} zeros {zeros} {format} {name} {activation}"

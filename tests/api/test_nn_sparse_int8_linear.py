@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import fastsparse
 from fastsparse import ops
 from fastsparse.nn import Int8Linear, SparseInt8Linear, SparseLinear, WeightOnlyLinear
+from fastsparse.ops.sparse_int8 import windows_are_fast
 
-FORMATS = ("bitmap_s8", "blocks1x4", "blocks4x4")
+FORMATS = ("bitmap_s8", "windows_s8", "blocks1x4", "blocks4x4")
 
 
 def pruned(k: int = 23, n: int = 19, bias: bool = True) -> nn.Linear:
@@ -47,7 +48,8 @@ def test_from_linear_keeps_the_zeros_and_is_int8_linear(format: str, bias: bool)
 
 
 def test_auto_follows_the_rows() -> None:
-    for rows, format in ((1, "bitmap_s8"), (64, "blocks1x4"), (None, "blocks1x4")):
+    many = "windows_s8" if windows_are_fast() else "blocks1x4"
+    for rows, format in ((1, "bitmap_s8"), (64, many), (None, many)):
         layer = SparseInt8Linear.from_linear(pruned(64, 64), rows=rows)
         assert ops.describe(layer.weight)["format"] == format
 

@@ -8,29 +8,39 @@
 #include "../../csrc/runtime/isa.h"
 #include "../../csrc/sparse_matmul/formats/bitmap_s8.h"
 #include "../../csrc/sparse_matmul/formats/blocks_s8.h"
+#include "../../csrc/sparse_matmul/formats/windows_s8.h"
 #include "../../csrc/sparse_matmul/int8_select.h"
 #include "support.h"
 
 namespace {
 
-// The pack of a weight in a format (0: bitmap_s8, else outputs of a block), taken apart into `args`; what is wrong, or
+// The pack of a weight in a format (0: bitmap_s8, 32: windows_s8, else outputs of a block), taken apart into `args`;
+// what is wrong, or
 // "".
 inline std::string pack_int8(const std::vector<int8_t>& weight, int64_t n, int64_t k, int64_t block, Guarded* memory,
                              fs::sparse_matmul::int8::LinearArgs* args) {
   using namespace fs::sparse_matmul;
-  const std::vector<uint8_t> bytes =
-      block == 0 ? bitmap_s8::pack(weight.data(), k, 1, n, k) : blocks_s8::pack(weight.data(), k, 1, n, k, block);
+  const bool bitmap = block == 0, windows = block == int8::kWindowOutputs;
+  const std::vector<uint8_t> bytes = bitmap    ? bitmap_s8::pack(weight.data(), k, 1, n, k)
+                                     : windows ? windows_s8::pack(weight.data(), k, 1, n, k)
+                                               : blocks_s8::pack(weight.data(), k, 1, n, k, block);
   *memory = Guarded(bytes.size(), 0xff);
   std::memcpy(memory->data(), bytes.data(), bytes.size());
   fs::PackHeader header;
   std::memcpy(&header, bytes.data(), sizeof header);
   std::vector<int8_t> back(weight.size());
-  args->is_bitmap = block == 0;
+  args->layout = bitmap ? int8::Layout::bitmap : windows ? int8::Layout::windows : int8::Layout::blocks;
   const auto size = static_cast<int64_t>(bytes.size());
-  const std::string error = block == 0 ? bitmap_s8::validate(header, memory->data(), size, &args->bitmap)
-                                       : blocks_s8::validate(header, memory->data(), size, &args->blocks);
+  const std::string error = bitmap    ? bitmap_s8::validate(header, memory->data(), size, &args->bitmap)
+                            : windows ? windows_s8::validate(header, memory->data(), size, &args->windows)
+                                      : blocks_s8::validate(header, memory->data(), size, &args->blocks);
   if (!error.empty()) return error;
-  block == 0 ? bitmap_s8::unpack(args->bitmap, back.data()) : blocks_s8::unpack(args->blocks, back.data());
+  if (bitmap)
+    bitmap_s8::unpack(args->bitmap, back.data());
+  else if (windows)
+    windows_s8::unpack(args->windows, back.data());
+  else
+    blocks_s8::unpack(args->blocks, back.data());
   return back == weight ? "" : "unpack differs";
 }
 
@@ -83,7 +93,7 @@ inline void check_int8() {
       e.y_stride = n;
       fs::int8_gemm::kScalar.epilogue(e);
     }
-  for (const int64_t block : {0, 1, 4}) {
+  for (const int64_t block : {0, 1, 4, 32}) {
     Guarded pack(0, 0);
     const std::string error = pack_int8(weight, n, k, block, &pack, &args);
     if (!error.empty()) {

@@ -18,7 +18,7 @@ from torch.library import opcheck
 from fastsparse import _C, ops, reference
 from tests.support import cpu_rows, forced, guarded, isa_levels, same_bits, strided, threads
 
-FORMATS = ("bitmap_s8", "blocks1x4", "blocks4x4")
+FORMATS = ("bitmap_s8", "windows_s8", "blocks1x4", "blocks4x4")
 ACTIVATIONS = (None, "relu", "gelu", "silu")
 # (M, N, K) round 1 to 4 rows of a pass, 8 to 64 of a panel; tiles of 16, quads, chunks of 256 outputs; 4 and 512 k.
 SHAPES = [
@@ -195,6 +195,29 @@ def bitmap_restated(w: np.ndarray) -> tuple[int, int, bytes]:
     return 11, 16, pad(struct.pack(f"<{len(offset)}Q", *offset)) + pad(mask) + pad(value, 512) + sums
 
 
+def windows_restated(w: np.ndarray) -> tuple[int, int, bytes]:
+    """formats/windows_s8.h again, in Python."""
+    n = w.shape[0]
+    offset, base, steps = [0], [], b""
+    for first in range(0, n, 32):
+        left = [np.flatnonzero(row).tolist() for row in w[first : first + 32]]
+        while any(left):
+            start = min(ks[0] for ks in left if ks) // 4 * 4
+            index, value = np.zeros((32, 4), np.uint8), np.zeros((32, 4), np.int8)
+            for j, ks in enumerate(left):
+                taken = [k for k in ks[:4] if k < start + 64]
+                del ks[: len(taken)]
+                index[j, : len(taken)] = [k - start for k in taken]
+                value[j, : len(taken)] = w[first + j, taken]
+            base.append(start // 4)
+            steps += index.tobytes() + value.tobytes()
+        offset.append(len(base))
+    sums = np.zeros(-(-n // 32) * 32, "<i4")
+    sums[:n] = w.sum(1, dtype=np.int64)
+    tables = pad(struct.pack(f"<{len(offset)}Q", *offset)) + pad(struct.pack(f"<{len(base)}H", *base))
+    return 16, 32, tables + steps + sums.tobytes()
+
+
 def blocks_restated(w: np.ndarray, r: int) -> tuple[int, int, bytes]:
     """formats/blocks_s8.h again, in Python."""
     n, k = w.shape
@@ -226,10 +249,10 @@ def test_pack_is_as_documented_to_the_byte_and_back(format: str) -> None:
         for zeros in (0.0, 0.6, 1.0):
             w = sparse(n, k, zeros)
             pack = ops.pack(w, format)
-            restated = (
-                bitmap_restated(w.numpy()) if format == "bitmap_s8" else blocks_restated(w.numpy(), int(format[6]))
+            restate = {"bitmap_s8": bitmap_restated, "windows_s8": windows_restated}.get(
+                format, lambda w: blocks_restated(w, int(format[6]))
             )
-            number, block, body = restated
+            number, block, body = restate(w.numpy())
             nonzeros = int(w.count_nonzero())
             header = HEADER.pack(b"fspk", number, 1, 1, block, n, k, nonzeros, 64 + len(body), bytes(16))
             assert pack.numpy().tobytes() == header + body, (n, k, zeros)
@@ -253,17 +276,25 @@ def blocky(n: int, k: int, zeros: float, block: tuple[int, int]) -> Tensor:
     return torch.where(mask, 1, 0).to(torch.int8)
 
 
-def test_sparse_chooses_by_rows_and_blocks() -> None:
+@pytest.mark.parametrize("row", rows())
+def test_sparse_chooses_by_rows_blocks_and_the_cpu(row: str) -> None:
+    with running(row):
+        choose_by_rows_and_blocks(fast=row == "avx512vbmi2")
+
+
+def choose_by_rows_and_blocks(fast: bool) -> None:
     for block, zeros, rows_of_x, format in [
         ((1, 1), 0.5, 1, "bitmap_s8"),
         ((4, 4), 0.75, 4, "bitmap_s8"),
-        ((1, 1), 0.9, 64, "blocks1x4"),
+        ((1, 1), 0.9, 1, "windows_s8" if fast else "bitmap_s8"),
+        ((1, 1), 0.9, 64, "windows_s8" if fast else "blocks1x4"),
+        ((1, 1), 0.7, None, "windows_s8" if fast else "blocks4x4"),
         ((1, 4), 0.75, None, "blocks1x4"),
         ((4, 4), 0.75, None, "blocks4x4"),
         ((4, 4), 0.75, 128, "blocks4x4"),
         ((1, 1), 0.0, None, "blocks4x4"),  # nothing is zero: no block is stored in vain
     ]:
-        w = blocky(64, 128, zeros, block)
+        w = blocky(256, 256, zeros, block)
         assert ops.describe(ops.pack(w, "sparse", rows_of_x))["format"] == format, (block, zeros, rows_of_x)
     assert ops.describe(ops.pack(blocky(64, 128, 0.9, (1, 1))))["format"] == "vnni16"  # "auto" stays what it was
 
@@ -300,8 +331,8 @@ def test_packs_of_garbage_never_read_outside(format: str, fill: int | None) -> N
         good = ops.pack(sparse(n, k), format)
         pack = good.clone()
         pack[64:] = torch.randint(0, 256, (good.numel() - 64,), dtype=torch.uint8) if fill is None else fill
-        if format != "bitmap_s8":  # the last offset is the number of blocks: with it right, the rest is read
-            at = 64 + 8 * -(-n // 256)
+        if format != "bitmap_s8":  # the last offset is the number of blocks or steps: with it right, the rest is read
+            at = 64 + 8 * -(-n // (32 if format == "windows_s8" else 256))
             pack[at : at + 8] = good[at : at + 8]
         refused_or_harmless(pack, n, k)
 

@@ -62,6 +62,12 @@ struct Few {
 #include "int8_bitmap_bytes.inl"
 #include "int8_blocks.inl"
 
+namespace {
+using Code = int16_t;
+}  // namespace
+
+#include "int8_windows_plain.inl"
+
 const Kernels fs::sparse_matmul::int8::kAvx2 = {"avx2",
                                                 fs::isa::Level::avx2,
                                                 fs::isa::kLevelAvx2,
@@ -70,4 +76,5 @@ const Kernels fs::sparse_matmul::int8::kAvx2 = {"avx2",
                                                 2,
                                                 Lanes::kWidth,
                                                 &bitmap,
+                                                &windows,
                                                 &blocks};

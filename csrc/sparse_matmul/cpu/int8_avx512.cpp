@@ -10,6 +10,12 @@ inline __m128i dpbusd(__m128i sum, __m128i x, __m128i w) { return _mm_dpbusd_epi
 #include "int8_bitmap_bytes.inl"
 #include "int8_blocks.inl"
 
+namespace {
+using Code = uint8_t;
+}  // namespace
+
+#include "int8_windows_plain.inl"
+
 const Kernels fs::sparse_matmul::int8::kAvx512 = {"avx512",
                                                   fs::isa::Level::avx512,
                                                   fs::isa::kLevelAvx512,
@@ -18,4 +24,5 @@ const Kernels fs::sparse_matmul::int8::kAvx512 = {"avx512",
                                                   2,
                                                   Lanes::kWidth,
                                                   &bitmap,
+                                                  &windows,
                                                   &blocks};

@@ -1,8 +1,10 @@
 // sparse_int8_linear, AVX-512-VNNI with VBMI2 (Ice Lake, Zen 4 and later).
+// windows  a step of 32 outputs x 4 weights: vpermb picks their x from 64 codes, vpdpbusd multiplies them.
 // bitmap   a tile of 16 outputs x 4 k: vpexpandb puts its stored bytes where vpdpbusd wants them.
-// Tile     up to 4 rows x 16 outputs, two sets of sums, of one row four.
-// Bound    per tile kmov, vpexpandb and vpdpbusd take 3 of Intel's port 5 for one row; from DRAM the bytes.
-// Reads    64 bytes from the position in the values: behind them there is room (formats/bitmap_s8.h).
+// Tile     bitmap: up to 4 rows x 16 outputs, two sets of sums, of one row four. windows: up to 8 rows x 32 outputs.
+// Bound    windows: 2 vpermb and 2 vpdpbusd a row and step, of one row the bytes, 256 a step. bitmap: per tile kmov,
+//          vpexpandb and vpdpbusd take 3 of Intel's port 5 for one row; from DRAM the bytes.
+// Reads    bitmap: 64 bytes from the position in the values, behind them there is room (formats/bitmap_s8.h).
 // Measured docs/kernels/sparse_matmul.md
 #include "int8_lanes_avx512.inl"
 //
@@ -124,6 +126,97 @@ void bitmap(const FewArgs& a) {
   }
 }
 
+// windows: each of 64 places picks its x from a register of 64 codes. kRows x 2 sums; of one row two sets, even and odd
+// steps.
+template <int kRows>
+struct SlicePair {
+  SlicePair<kRows - 1> above;
+  __m512i low, high;
+};
+template <>
+struct SlicePair<0> {};
+
+inline void fill(SlicePair<0>&, __m512i, __m512i) {}
+template <int kRows>
+inline void fill(SlicePair<kRows>& s, __m512i low, __m512i high) {
+  fill(s.above, low, high);
+  s.low = low;
+  s.high = high;
+}
+
+struct Places {
+  __m512i low_index, high_index, low, high;
+};
+inline Places places(const uint8_t* step) {
+  return {_mm512_loadu_si512(step), _mm512_loadu_si512(step + 64), _mm512_loadu_si512(step + 128),
+          _mm512_loadu_si512(step + 192)};
+}
+
+// Several rows use the places: they are loaded once, too.
+inline void hold(Places& p) { asm("" : "+v"(p.low_index), "+v"(p.high_index), "+v"(p.low), "+v"(p.high)); }
+
+inline void window(SlicePair<0>&, const Places&, const uint8_t*, int64_t) {}
+template <int kRows>
+inline void window(SlicePair<kRows>& s, const Places& p, const uint8_t* x, int64_t x_stride) {
+  window(s.above, p, x, x_stride);
+  __m512i codes = _mm512_loadu_si512(x + (kRows - 1) * x_stride);
+  asm("" : "+v"(codes));  // loaded once, as it crosses a line most of the time; gcc 12 would read memory twice
+  s.low = _mm512_dpbusd_epi32(s.low, _mm512_permutexvar_epi8(p.low_index, codes), p.low);
+  s.high = _mm512_dpbusd_epi32(s.high, _mm512_permutexvar_epi8(p.high_index, codes), p.high);
+}
+
+inline void finish(const SlicePair<0>&, int32_t*) {}
+template <int kRows>
+inline void finish(const SlicePair<kRows>& s, int32_t* acc) {
+  finish(s.above, acc);
+  _mm512_storeu_si512(acc + (kRows - 1) * fs::int8_gemm::kMaxTileColumns, s.low);
+  _mm512_storeu_si512(acc + (kRows - 1) * fs::int8_gemm::kMaxTileColumns + 16, s.high);
+}
+
+template <int kRows>
+void windows_rows(const WindowArgs& a) {
+  const Windows& w = a.weight;
+  const __m512i offset = _mm512_set1_epi32(-a.offset);
+  for (int64_t i = 0; i < a.slices; ++i) {
+    const int32_t* sum = w.sum + (a.slice + i) * kWindowOutputs;
+    SlicePair<kRows> s;
+    fill(s, _mm512_mullo_epi32(_mm512_loadu_si512(sum), offset),
+         _mm512_mullo_epi32(_mm512_loadu_si512(sum + 16), offset));
+    const uint16_t* base = w.base + w.begin(a.slice + i);
+    const uint16_t* const end = w.base + w.end(a.slice + i);
+    const uint8_t* step = w.step + w.begin(a.slice + i) * kStepBytes;
+    if constexpr (kRows == 1) {
+      SlicePair<1> odd;
+      fill(odd, _mm512_setzero_si512(), _mm512_setzero_si512());
+      for (; end - base >= 2; base += 2, step += 2 * kStepBytes) {
+        window(s, places(step), a.x + base[0] * kTileK, 0);
+        window(odd, places(step + kStepBytes), a.x + base[1] * kTileK, 0);
+      }
+      s.low = _mm512_add_epi32(s.low, odd.low);
+      s.high = _mm512_add_epi32(s.high, odd.high);
+    }
+    for (; base < end; ++base, step += kStepBytes) {
+      Places p = places(step);
+      if constexpr (kRows > 1) hold(p);
+      window(s, p, a.x + *base * kTileK, a.x_stride);
+    }
+    finish(s, a.acc + i * kWindowOutputs);
+  }
+}
+
+void windows(const WindowArgs& a) {
+  switch (a.rows) {
+    case 1: return windows_rows<1>(a);
+    case 2: return windows_rows<2>(a);
+    case 3: return windows_rows<3>(a);
+    case 4: return windows_rows<4>(a);
+    case 5: return windows_rows<5>(a);
+    case 6: return windows_rows<6>(a);
+    case 7: return windows_rows<7>(a);
+    default: return windows_rows<8>(a);
+  }
+}
+
 }  // namespace
 
 const Kernels fs::sparse_matmul::int8::kAvx512Vbmi2 = {"avx512vbmi2",
@@ -134,4 +227,5 @@ const Kernels fs::sparse_matmul::int8::kAvx512Vbmi2 = {"avx512vbmi2",
                                                        4,
                                                        Lanes::kWidth,
                                                        &bitmap,
+                                                       &windows,
                                                        &blocks};

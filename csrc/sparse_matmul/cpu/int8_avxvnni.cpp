@@ -36,6 +36,12 @@ struct Lanes {
 #include "int8_bitmap_bytes.inl"
 #include "int8_blocks.inl"
 
+namespace {
+using Code = uint8_t;
+}  // namespace
+
+#include "int8_windows_plain.inl"
+
 const Kernels fs::sparse_matmul::int8::kAvxVnni = {"avxvnni",
                                                    fs::isa::Level::avxvnni,
                                                    fs::isa::kLevelAvxVnni,
@@ -44,4 +50,5 @@ const Kernels fs::sparse_matmul::int8::kAvxVnni = {"avxvnni",
                                                    2,
                                                    Lanes::kWidth,
                                                    &bitmap,
+                                                   &windows,
                                                    &blocks};

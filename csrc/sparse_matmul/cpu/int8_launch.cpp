@@ -81,6 +81,58 @@ void linear_few(const Kernels& kernels, const LinearArgs& args) {
   }
 }
 
+// Rows [row, row + rows) of x, whose codes lie at `codes`, against blocks [begin, end) of kMaxTileColumns outputs: a
+// block stays in L1 or L2 for all rows.
+void windows_blocks(const Kernels& kernels, const LinearArgs& args, const uint8_t* codes, const float* scale,
+                    int64_t row, int64_t rows, int64_t begin, int64_t end) {
+  const Windows& w = args.windows;
+  constexpr int64_t kSlices = kMaxTileColumns / kWindowOutputs;
+  alignas(64) int32_t acc[kWindowRows * kMaxTileColumns];
+  const int64_t stride = code_stride(kernels, w.k);
+  const int64_t passes = ceil_div(rows, kWindowRows), height = ceil_div(rows, passes);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t slice = block * kSlices, slices = std::min(kSlices, w.slices() - slice);
+    const int64_t column = block * kMaxTileColumns, columns = std::min<int64_t>(kMaxTileColumns, w.n - column);
+    for (int64_t r = 0; r < rows; r += height) {
+      const int64_t count = std::min(height, rows - r);
+      kernels.windows({w, codes + r * stride, stride, count, slice, slices, kernels.dense->panel_offset, acc});
+      finish(kernels, args, w.n, acc, scale + r, row + r, count, column, columns);
+    }
+  }
+}
+
+// Rows of codes: what L2 holds beside a block of the weight.
+constexpr int64_t kWindowCodes = int64_t{1} << 18;
+constexpr int64_t kWindowChunk = 64;
+
+template <int kSlot>
+void windows_part(const Kernels& kernels, const LinearArgs& args, int64_t row_begin, int64_t row_end, bool alone) {
+  const Windows& w = args.windows;
+  const int64_t stride = code_stride(kernels, w.k), blocks = ceil_div(w.n, kMaxTileColumns);
+  const int64_t most = std::clamp(kWindowCodes / stride / kWindowRows * kWindowRows, kWindowRows, kWindowChunk);
+  const int64_t passes = ceil_div(row_end - row_begin, most), height = ceil_div(row_end - row_begin, passes);
+  // Behind the rows there is room for windows of a damaged pack.
+  const int64_t room = kWindowReach * kernels.dense->panel_bytes;
+  auto* const scale =
+      reinterpret_cast<float*>(scratch<kSlot>(static_cast<size_t>(kWindowChunk * 4 + height * stride + room)));
+  uint8_t* const codes = reinterpret_cast<uint8_t*>(scale + kWindowChunk);
+  for (int64_t row = row_begin; row < row_end; row += height) {
+    const int64_t rows = std::min(height, row_end - row);
+    quantize(kernels, args, w.k, row, rows, codes, scale);
+    split(blocks, alone,
+          [&](int64_t begin, int64_t end) { windows_blocks(kernels, args, codes, scale, row, rows, begin, end); });
+  }
+}
+
+void linear_windows(const Kernels& kernels, const LinearArgs& args) {
+  const int64_t chunks = ceil_div(args.m, kWindowChunk);
+  const bool alone = one_thread(args.m, args.windows.total * kStepBytes / 2);
+  if (alone || chunks < num_threads()) return windows_part<1>(kernels, args, 0, args.m, alone);
+  split(chunks, alone, [&](int64_t begin, int64_t end) {
+    windows_part<0>(kernels, args, begin * kWindowChunk, std::min(end * kWindowChunk, args.m), true);
+  });
+}
+
 // Rows of the next panel of x when so many are left.
 int64_t lanes_for(const Kernels& kernels, int64_t left) {
   return left > 2 * kernels.width ? 4 * kernels.width : left > kernels.width ? 2 * kernels.width : kernels.width;
@@ -153,9 +205,12 @@ void linear_panels(const Kernels& kernels, const LinearArgs& args) {
 }  // namespace
 
 void linear(const Kernels& kernels, const LinearArgs& args) {
-  if (args.m == 0 || (args.is_bitmap ? args.bitmap.n : args.blocks.n) == 0) return;
-  if (args.is_bitmap) return linear_few(kernels, args);
-  linear_panels(kernels, args);
+  if (args.m == 0) return;
+  switch (args.layout) {
+    case Layout::bitmap: return args.bitmap.n == 0 ? void() : linear_few(kernels, args);
+    case Layout::windows: return args.windows.n == 0 ? void() : linear_windows(kernels, args);
+    case Layout::blocks: return args.blocks.n == 0 ? void() : linear_panels(kernels, args);
+  }
 }
 
 }  // namespace fs::sparse_matmul::int8

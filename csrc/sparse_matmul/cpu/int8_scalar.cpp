@@ -79,6 +79,12 @@ void bitmap(const FewArgs& a) {
 
 }  // namespace
 
+namespace {
+using Code = int8_t;
+}  // namespace
+
+#include "int8_windows_plain.inl"
+
 const Kernels fs::sparse_matmul::int8::kScalar = {"scalar",
                                                   fs::isa::Level::scalar,
                                                   fs::isa::kLevelScalar,
@@ -87,4 +93,5 @@ const Kernels fs::sparse_matmul::int8::kScalar = {"scalar",
                                                   4,
                                                   Lanes::kWidth,
                                                   &bitmap,
+                                                  &windows,
                                                   &blocks};

@@ -1,7 +1,7 @@
 """sparse_int8_linear, of the family sparse_matmul: W8A8 linear layers whose weight is mostly zeros.
 
-The contract of the kernels is csrc/sparse_matmul/int8.h, the packed layouts are formats/bitmap_s8.h and
-formats/blocks_s8.h there, the float64 oracle fastsparse.reference.sparse_int8_linear.
+The contract of the kernels is csrc/sparse_matmul/int8.h, the packed layouts are formats/{bitmap,windows,blocks}_s8.h
+there, the float64 oracle fastsparse.reference.sparse_int8_linear.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from fastsparse.ops._call import eager
 from fastsparse.ops._pack import HEADER
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 
-FORMATS = {"bitmap_s8": 0, "blocks1x4": 1, "blocks4x4": 4}  # and the outputs of a block
-# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which the bitmap is the fastest, and how much more a product
-# of a stored 1x4 block costs than one of the four of a 4x4 block.
+# And the outputs of a block, or what sparse_int8_pack takes in its place.
+FORMATS = {"bitmap_s8": 0, "windows_s8": 32, "blocks1x4": 1, "blocks4x4": 4}
+# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which a bitmap may be the fastest, and how many times its
+# bytes windows may have there; how much more a stored weight of 1x4 blocks and of windows costs than one of 4x4 blocks.
 BITMAP_ROWS = 4
+WINDOWS_OVER_BITMAP = 1.55
 COST_1X4 = 1.6
+COST_WINDOWS = 1.9
 
 _sparse_int8_linear = torch.ops.fastsparse.sparse_int8_linear.default
 _sparse_int8_linear_now = eager(_sparse_int8_linear)
@@ -40,8 +43,8 @@ def sparse_int8_linear(
 
     Args:
         x: float32, bfloat16 or float16 [..., K]; any strides.
-        weight: a pack of s8[N, K] in one of the formats bitmap_s8 (few rows of x), blocks1x4, blocks4x4 (many), from
-            `pack`.
+        weight: a pack of s8[N, K] in one of the formats bitmap_s8 (few rows of x), windows_s8, blocks1x4, blocks4x4
+            (many), from `pack`.
         weight_scale: float32 [N], finite; the weight is `s8 * weight_scale[:, None]`.
         bias: float32 [N].
         activation: None, "relu", "gelu" (the exact one) or "silu".
@@ -77,11 +80,29 @@ def _blocks(weight: Tensor, rows: int) -> int:
     return int(live.view(live.shape[0] // rows, rows, live.shape[1] // 4, 4).any(3).any(1).count_nonzero())
 
 
-def choose_format(weight: Tensor, rows: int | None) -> str:
-    """What "sparse" means: by the rows of x to be expected (None: many) and the blocks that the zeros leave."""
-    if rows is not None and rows <= BITMAP_ROWS:
-        return "bitmap_s8"
-    return "blocks4x4" if 4 * _blocks(weight, 4) <= COST_1X4 * _blocks(weight, 1) else "blocks1x4"
+def windows_are_fast() -> bool:
+    """The row in force permutes 64 bytes at once; the others read windows_s8 place by place."""
+    from fastsparse import _C
+
+    try:
+        rows = _C.kernels()
+    except ValueError:  # FASTSPARSE_ISA names a level that is not here: the first call will say so
+        return False
+    return any(row["selected"] and (row["family"], row["name"]) == ("sparse_int8", "avx512vbmi2") for row in rows)
+
+
+def _choose(weight: Tensor, rows: int | None) -> Tensor:
+    """What "sparse" means: by the rows of x to be expected (None: many), what the zeros leave to store, and the CPU."""
+    few = rows is not None and rows <= BITMAP_ROWS
+    live = int(weight.count_nonzero())
+    costs = {"blocks4x4": 16 * _blocks(weight, 4), "blocks1x4": COST_1X4 * 4 * _blocks(weight, 1)}
+    best = "bitmap_s8" if few else min(costs, key=lambda name: costs[name])
+    bound = WINDOWS_OVER_BITMAP * (live + weight.numel() / 8) / 2 if few else costs[best] / COST_WINDOWS
+    if live < bound and windows_are_fast():  # more than that: lost, however few of their places stay empty
+        windows = _sparse_int8_pack(weight, FORMATS["windows_s8"])
+        if windows.numel() / 2 < bound:
+            return windows
+    return _sparse_int8_pack(weight, FORMATS[best])
 
 
 def pack_sparse_int8(weight: Tensor, format: str, rows: int | None) -> Tensor:
@@ -90,10 +111,8 @@ def pack_sparse_int8(weight: Tensor, format: str, rows: int | None) -> Tensor:
         raise ValueError(f"pack: weight must be dense for {format}, got layout {weight.layout}")
     if weight.dim() != 2:
         raise ValueError(f"pack: weight must be a matrix [N, K], got weight{list(weight.shape)}")
-    if format == "sparse":
-        format = choose_format(weight, rows)
     try:
-        return _sparse_int8_pack(weight, FORMATS[format])
+        return _choose(weight, rows) if format == "sparse" else _sparse_int8_pack(weight, FORMATS[format])
     except ValueError as error:
         raise ValueError(f"pack: {str(error).removeprefix('sparse_int8_pack: ')}") from None
 

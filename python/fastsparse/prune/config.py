@@ -128,7 +128,7 @@ class Sparse(Conversion):
 
 @dataclass(frozen=True)
 class SparseInt8(Conversion):
-    """W8A8 without the zeros of the weight (`nn.SparseInt8Linear`); made for zeros in blocks of 4x4 or 1x4.
+    """W8A8 without the zeros of the weight (`nn.SparseInt8Linear`); fastest for zeros in blocks of 4x4 or 1x4.
 
     Attributes:
         format: as for `nn.SparseInt8Linear.from_linear`; "auto" chooses for the zeros and for the rows that the layer
