@@ -43,6 +43,7 @@ FORMATS = (
     ("sell16", 16, 1),
     ("sell8", 16, 1),
     ("sell8x32", 16, 1),
+    ("sell4", 16, 1),
     ("panels128", 512, 4),
 )
 DEFAULT = ("default",)

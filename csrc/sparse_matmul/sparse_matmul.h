@@ -11,8 +11,8 @@
 //
 // Memory: a pack's bytes may be anything once its header and size have passed (formats::view). No index can leave its
 // block: k is a u8 into a panel that goes on for 256, a u16 into a row of 65536 (sell16), or lies below 65536 + 256 in
-// a row with room for that (sell8); rows are u8 inside a padded chunk of 256, or are compared with N; offsets, the
-// position in the values and the steps of a group are held below the total, behind which there is room for what one
+// a row with room for that (sell8, sell4); rows are u8 inside a padded chunk of 256, or are compared with N; offsets,
+// the position in the values and the steps of a group are held below the total, behind which there is room for what one
 // step of a bitmap may read. Damaged bytes give wrong numbers and never an access outside.
 #pragma once
 #include <stdint.h>
@@ -25,9 +25,10 @@ namespace fs::sparse_matmul {
 inline constexpr int kBitmapRows = 4;        // rows of x that one pass over a bitmap32 pack serves
 inline constexpr int kSell16PassRows = 3;    // the same of a sell16 pack: more would not fit the registers
 inline constexpr int kSell8PassRows = 4;     // and of a sell8 pack
+inline constexpr int kSell4PassRows = 4;     // and of a sell4 pack
 inline constexpr int64_t kPassRows = 64;     // rows of x that meet a panels128 pack in one pass: up to two panels
-inline constexpr int64_t kMaxSellK = 65536;  // of sell16, sell8 and blocks
-inline constexpr int64_t kSell8Slack = 256;  // of x behind kMaxSellK that a damaged sell8 pack may have read
+inline constexpr int64_t kMaxSellK = 65536;  // of sell16, sell8, sell4 and blocks
+inline constexpr int64_t kSell8Slack = 256;  // of x behind kMaxSellK that a damaged sell8 or sell4 pack may have read
 
 inline constexpr int64_t kBitmapColumns = 32;    // outputs of a bitmap32 block
 inline constexpr int64_t kSell16Rows = 16;       // outputs of a sell16 slice
@@ -36,6 +37,11 @@ inline constexpr int64_t kSell8Rows = 64;        // outputs of a sell8 slice, an
 inline constexpr int64_t kSell8x32Rows = 32;     // the same of sell8x32
 inline constexpr int64_t kSell8Base = 16;        // these k begin at a multiple of this
 inline constexpr int64_t kSell8Steps = 4;        // steps of a group
+inline constexpr int64_t kSell4Rows = 16;                    // outputs of a sell4 slice
+inline constexpr int64_t kSell4Window = 16;                  // k of x that a step of it may use
+inline constexpr int64_t kSell4Steps = 8;                    // steps of a group
+inline constexpr int64_t kSell4PlaceBytes = 4 * kSell4Rows;  // of a group; its values follow
+inline constexpr int64_t kSell4GroupBytes = kSell4PlaceBytes + kSell4Steps * kSell4Rows * 4;
 
 inline constexpr int64_t kChunk = 256;       // outputs of the widest chunk of a panels128, blocks or nm pack
 inline constexpr int64_t kGroup = 8;         // outputs of a panels128 group, which are stored step by step
@@ -51,7 +57,7 @@ inline constexpr int64_t kSlack = 512;       // floats behind the values that ma
 inline constexpr int64_t kColumnsSlack = 16;  // floats behind the sums of a chunk of kChunk outputs that may be read
 
 // The codes of the layouts, in the header of a pack (formats/<layout>.h).
-enum Format : int { kBitmap32 = 2, kSell16 = 3, kPanels128 = 4, kSell8 = 8, kBlocks = 9, kNm = 10 };
+enum Format : int { kBitmap32 = 2, kSell16 = 3, kPanels128 = 4, kSell8 = 8, kBlocks = 9, kNm = 10, kSell4 = 17 };
 
 // Outputs of each chunk of a pack (the last one has what is left): at most kChunk, a multiple of `unit`, and such that
 // two threads get equal shares. static: code of an ISA level's object must not be linked into another's.
@@ -72,15 +78,15 @@ struct Pack {
   int format;
   int64_t n, k;
   int64_t total;            // stored values (bitmap32, nm), steps (sell16: of 16 values, panels128: of 8, blocks) or
-                            // groups (sell8)
+                            // groups (sell8, sell4)
   uint32_t block;           // blocks, nm, sell8: the header's, which says their shape
   bool bf16;                // bitmap32, sell8, panels128: of bfloat16
   const uint64_t* offset;   // first value, step or group of each block, slice or chunk, and the total at last
   const uint32_t* mask;     // bitmap32: [blocks][k], bit j: output 32 * block + j
-  const uint32_t* row;      // sell16, sell8: [slices][16, 32 or 64], output of each lane; N and above: none
+  const uint32_t* row;      // sell16, sell8, sell4: [slices][16, 32 or 64], output of each lane; N and above: none
   const uint8_t* step;      // sell16: [total][96]; nm: the runs
-  const uint16_t* base;     // sell8: [total][4], where the window of each step begins, in 16 k
-  const uint8_t* group;     // sell8: [total][sell8_group_bytes(block, 4 or 2)]
+  const uint16_t* base;     // sell8: [total][4], where the window of each step begins, in 16 k; sell4: [total][8], in k
+  const uint8_t* group;     // sell8: [total][sell8_group_bytes(block, 4 or 2)]; sell4: [total][576]
   const uint8_t* order;     // panels128: [chunks][k blocks][W + W / 8]: the rows, then the steps of their groups;
                             // blocks: [slices][16/R]
   const uint8_t* index;     // panels128: [total][8], k inside the block
@@ -168,6 +174,7 @@ struct Kernels {
   void (*bitmap_bf16)(const FewArgs&);  // of Pack::value16
   void (*sell16)(const FewArgs&);
   void (*sell8)(const FewArgs&);
+  void (*sell4)(const FewArgs&);
   void (*panels)(const PanelArgs&);
   void (*transpose)(const TransposeArgs&);
   void (*finish)(const FinishArgs&);

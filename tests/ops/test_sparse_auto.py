@@ -25,7 +25,7 @@ from fastsparse.prune import Sparse, to_sparse_
 from tests.support import forced, guarded, isa_levels, same_bits, threads
 
 HEADER = struct.Struct("<4sHHIIqqqQ16s")
-SELL = sparse_matmul.choose_format(0.1, 100, 1)  # what the rule takes here, "sell8" or "sell16"
+SELL = sparse_matmul.choose_format(0.1, 100, 1)  # what the rule takes here, "sell8" or "sell4"
 ALL = _auto.CANDIDATES
 TWO = [(SELL, "panels128"), ("bitmap32", "panels128"), ("panels128", SELL), ("nm2:4", "panels128"),
        ("blocks16x16", "blocks4x4")]  # fmt: skip

@@ -20,7 +20,7 @@ from fastsparse import _C, ops, reference
 from fastsparse.ops.sparse_matmul import choose_format
 from tests.support import forced, guarded, isa_levels, same_bits, strided, threads
 
-FORMATS = ("bitmap32", "sell16", "panels128", "sell8", "sell8x32")
+FORMATS = ("bitmap32", "sell16", "panels128", "sell8", "sell8x32", "sell4")
 BF16_FORMATS = ("bitmap32", "sell8", "sell8x32", "panels128")
 ACTIVATIONS = (None, "relu", "gelu", "silu")
 # Round the tiles: 4 rows a pass, panels of 8, 16, 32 and twice 32 rows; 8, 16, 32 and 256 outputs; 8 and 192 k.
@@ -211,11 +211,11 @@ def test_every_index_of_the_sell_formats(isa: str) -> None:
     x = torch.randn(5, w.shape[1])
     with forced(isa, "sparse_matmul"):
         expected = ops.sparse_linear(x, ops.pack(w, "bitmap32"))
-        for format in ("sell16", "sell8", "sell8x32"):
+        for format in ("sell16", "sell8", "sell8x32", "sell4"):
             assert same_bits(ops.sparse_linear(x, ops.pack(w, format)), expected), format
 
 
-@pytest.mark.parametrize("format", ["bitmap32", "sell16", "sell8", "sell8x32"])
+@pytest.mark.parametrize("format", ["bitmap32", "sell16", "sell8", "sell8x32", "sell4"])
 def test_threads_get_equal_shares_of_skewed_weights(format: str) -> None:
     w = torch.randn(520, 200) * (torch.rand(520, 200) < torch.linspace(1, 0, 520)[:, None] ** 3)
     w[::2, :120] = 0
@@ -244,6 +244,8 @@ def test_linear_on_whatever(data: st.DataObject) -> None:
 # --- Packs ------------------------------------------------------------------------------------------------------------
 
 HEADER = struct.Struct("<4sHHIIqqqQ16s")
+NUMBERS = {"bitmap32": (2, 32), "sell16": (3, 16), "panels128": (4, 192), "sell8": (8, 64)}
+NUMBERS |= {"sell8x32": (8, 32), "sell4": (17, 16)}
 
 
 def pad(data: bytes, room: int = 0) -> bytes:
@@ -256,11 +258,9 @@ def pairs_of_bf16(values: np.ndarray) -> bytes:
 
 
 def pack_restated(w: np.ndarray, format: str, bf16: bool = False) -> bytes:
-    """formats/{bitmap32,sell16,panels128,sell8}.h again, in Python; bf16: of sell8, where w holds such values."""
+    """formats/{bitmap32,sell16,panels128,sell8,sell4}.h again, in Python; bf16: of sell8, where w holds such values."""
     n, k = w.shape
-    number, block = {
-        "bitmap32": (2, 32), "sell16": (3, 16), "panels128": (4, 192), "sell8": (8, 64), "sell8x32": (8, 32)
-    }[format]  # fmt: skip
+    number, block = NUMBERS[format]
     offset, middle, value, index = [0], b"", b"", b""
     if format == "bitmap32":
         for b in range(0, n, 32):
@@ -308,6 +308,32 @@ def pack_restated(w: np.ndarray, format: str, bf16: bool = False) -> bytes:
                 groups += np.stack([ks for _, ks, _ in four], 1).tobytes()
                 groups += b"".join(pairs_of_bf16(values) if bf16 else values.tobytes() for _, _, values in four)
             offset.append(len(groups) // ((12 if bf16 else 20) * block))
+        tail = pad(middle) + pad(bases) + groups
+    elif format == "sell4":
+        order = sorted(range(n), key=lambda r: -np.count_nonzero(w[r]))
+        bases = groups = b""
+        for s in range(0, n, 16):
+            lanes = order[s : s + 16]
+            middle += struct.pack("<16I", *lanes, *[2**32 - 1] * (16 - len(lanes)))
+            left = [list(np.flatnonzero(w[r])) for r in lanes]
+            steps = []
+            while any(left):
+                base = min(c[0] for c in left if c)
+                values, ks = np.zeros(16, "<f4"), np.zeros(16, "<u4")
+                for lane, c in enumerate(left):
+                    if c and c[0] < base + 16:
+                        values[lane], ks[lane] = w[lanes[lane], c[0]], c[0] - base
+                        del c[0]
+                steps.append((base, ks, values))
+            while len(steps) % 8:
+                steps.append((0, np.zeros(16, "<u4"), np.zeros(16, "<f4")))
+            for g in range(0, len(steps), 8):
+                places = np.zeros(16, "<u4")
+                for j, (base, ks, _) in enumerate(steps[g : g + 8]):
+                    bases += struct.pack("<H", base)
+                    places |= (ks & 7) << np.uint32(3 * j) | (ks >> 3) << np.uint32(31 - j)
+                groups += places.tobytes() + b"".join(values.tobytes() for _, _, values in steps[g : g + 8])
+            offset.append(len(groups) // 576)
         tail = pad(middle) + pad(bases) + groups
     else:
         chunks = 2 * ((n + 511) // 512)
@@ -380,12 +406,12 @@ def test_sell8_of_bfloat16_says_what_is_wrong() -> None:
             torch.ops.fastsparse.half_validate(ops.pack(clean.float(), format))
         with pytest.raises(ValueError, match=r"^half_unpack: pack must be of \[N=40, K=71\] .* got \[N=40, K=70\]$"):
             torch.ops.fastsparse.half_unpack(pack, 40, 71, True)
-        with pytest.raises(ValueError, match=r"^pack: weight must be bfloat16 for sell8, got float16$"):
+        with pytest.raises(ValueError, match=r"^pack: weight must be bfloat16 or float32 for sell8, got float16$"):
             ops.pack(clean.half(), format)
         with pytest.raises(ValueError, match=r"^pack: weight must have at most K=65536 columns for sell8"):
             ops.pack(torch.zeros(1, 65537, dtype=torch.bfloat16), format)
         opcheck(torch.ops.fastsparse.half_pack.default, (clean, 8, block))
-    with pytest.raises(ValueError, match=r"^half_pack: block must be 64 \(sell8\) or 32 \(sell8x32\), got 16$"):
+    with pytest.raises(ValueError, match=r"^half_pack: block must be 64 \(sell8\), 32 \(sell8x32\) or 192 \(panels128\), got 16$"):
         torch.ops.fastsparse.half_pack(clean, 8, 16)
 
 
@@ -406,8 +432,8 @@ def test_auto_chooses_by_rows_and_density(isa: str) -> None:
     wide = isa in ("avx512", "amx")
     for zeros, rows, format in [
         (0.5, 1, "bitmap32"),
-        (0.95, 1, "sell8" if wide else "sell16"),
-        (0.95, 2, "sell8x32" if wide else "sell16"),
+        (0.95, 1, "sell8" if wide else "sell4"),
+        (0.95, 2, "sell8x32" if wide else "sell4"),
         (0.5, 4, "bitmap32"),
         (0.95, 4, "sell8x32" if wide else "panels128"),
         (0.5, 5, "panels128"),
@@ -475,7 +501,7 @@ def test_packs_of_garbage_never_read_outside(format: str, fill: int) -> None:
         whole[64:] = fill
         refused_or_harmless(whole, n, k)
         if format.startswith("sell"):  # the last offset is the number of steps: with it right, the rest is read
-            groups = -(-n // (16 if format == "sell16" else 64))
+            groups = -(-n // NUMBERS[format][1])
             whole[64 + 8 * groups : 72 + 8 * groups] = good[64 + 8 * groups : 72 + 8 * groups]
             refused_or_harmless(whole, n, k)
         random = good.clone()
@@ -500,11 +526,9 @@ def test_validate_sees_every_damaged_table(format: str) -> None:
         assert torch.equal(ops.pack(got, format), pack)
 
 
-@given(st.binary(max_size=200), st.sampled_from([2, 3, 4, 8]))
-def test_foreign_bytes_are_refused(data: bytes, number: int) -> None:
-    header = HEADER.pack(
-        b"fspk", number, 1, 2, {2: 32, 3: 16, 4: 192, 8: 64}[number], 3, 5, 2, 64 + len(data), bytes(16)
-    )
+@given(st.binary(max_size=200), st.sampled_from(sorted(NUMBERS.values())))
+def test_foreign_bytes_are_refused(data: bytes, number: tuple[int, int]) -> None:
+    header = HEADER.pack(b"fspk", number[0], 1, 2, number[1], 3, 5, 2, 64 + len(data), bytes(16))
     pack = torch.frombuffer(bytearray(header + data), dtype=torch.uint8)
     with pytest.raises(ValueError, match="describe: pack"):
         ops.describe(pack)

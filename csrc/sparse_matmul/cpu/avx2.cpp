@@ -110,11 +110,40 @@ struct Quad {
   static Quad fma(const Quad& w, const Quad& x, const Quad& s) { return {_mm_fmadd_ps(w.v, x.v, s.v)}; }
 };
 
+// Eight lanes of sell4.
+struct Eight {
+  __m256 v;
+  static Eight zero() { return {_mm256_setzero_ps()}; }
+  static Eight load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  static Eight fma(const Eight& w, const Eight& x, const Eight& s) { return {_mm256_fmadd_ps(w.v, x.v, s.v)}; }
+};
+
+struct Places {
+  __m256i low, high;  // of the step: in bits 0 to 2, where vpermps looks, and in bit 31, where vblendvps does
+  static Places load(const uint8_t* p) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {both, both};
+  }
+  // An addition, as shifts wait for the ports of the permutations.
+  Places next() const { return {_mm256_srli_epi32(low, 3), _mm256_add_epi32(high, high)}; }
+};
+
+struct Window {
+  __m256 low, high;
+  explicit Window(const float* x) : low(_mm256_loadu_ps(x)), high(_mm256_loadu_ps(x + 8)) {}
+  Eight pick(const Places& at) const {
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at.low), _mm256_permutevar8x32_ps(high, at.low),
+                             _mm256_castsi256_ps(at.high))};
+  }
+};
+
 }  // namespace
 
 #include "kernels.inl"
 #include "panels.inl"
 #include "sell16.inl"
+#include "sell4.inl"
 #include "sell8.inl"
 #include "slices_avx2.inl"
 // Behind these two:
@@ -211,6 +240,7 @@ const Kernels fs::sparse_matmul::kAvx2 = {"avx2",
                                           &bitmap_bf16,
                                           &sell16,
                                           &sell8,
+                                          &sell4,
                                           &panels,
                                           &transpose,
                                           &finish,

@@ -157,6 +157,8 @@ void transpose_wide(const TransposeArgs& t) {
 // A gather takes 20 cycles on Zen 5, where the avx2 row's sixteen loads take 12.
 void sell16(const FewArgs& a) { kAvx2.sell16(a); }
 
+void sell4(const FewArgs& a) { kAvx2.sell4(a); }  // sell8 is the format for wide registers
+
 void panels(const PanelArgs& a) {
   switch (a.lanes) {
     case 8: return kAvx2.panels(a);  // half a zmm: that row has the kernel, and the same sums
@@ -192,6 +194,7 @@ const Kernels fs::sparse_matmul::kAvx512 = {"avx512",
                                             &bitmap_bf16,
                                             &sell16,
                                             &sell8,
+                                            &sell4,
                                             &panels,
                                             &transpose_wide,
                                             &finish,
@@ -209,6 +212,7 @@ const Kernels fs::sparse_matmul::kAvx512Vbmi2 = {"avx512vbmi2",
                                                  &bitmap_bf16_vbmi2,
                                                  &sell16,
                                                  &sell8,
+                                                 &sell4,
                                                  &panels,
                                                  &transpose_wide,
                                                  &finish,

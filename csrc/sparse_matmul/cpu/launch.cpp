@@ -48,6 +48,7 @@ struct FewFormat {
 FewFormat few_format(const Kernels& kernels, const Pack& weight) {
   switch (weight.format) {
     case kSell16: return {kernels.sell16, kSell16PassRows, kSell16Rows, kSell16Rows, true};
+    case kSell4: return {kernels.sell4, kSell4PassRows, kSell4Rows, kSell4Steps * kSell4Rows, true};
     case kSell8: return {kernels.sell8, kSell8PassRows, weight.block, kSell8Steps * weight.block, true};
     default: return {weight.bf16 ? kernels.bitmap_bf16 : kernels.bitmap, kBitmapRows, kBitmapColumns, 1, false};
   }
@@ -56,7 +57,7 @@ FewFormat few_format(const Kernels& kernels, const Pack& weight) {
 // Rows of x where each index of a sell pack can be read, whatever the pack says. What lies beyond K is never used for a
 // sound pack. The stride keeps equal columns out of the same cache sets.
 const float* copy_for_sell(const LinearArgs& args) {
-  constexpr int64_t kRows = std::max(kSell16PassRows, kSell8PassRows);
+  constexpr int64_t kRows = std::max({kSell16PassRows, kSell8PassRows, kSell4PassRows});
   auto* x = reinterpret_cast<float*>(scratch(static_cast<size_t>(kRows * kSellStride) * sizeof(float)));
   for (int64_t r = 0; r < args.m; ++r) std::copy_n(args.x + r * args.x_stride, args.weight.k, x + r * kSellStride);
   return x;

@@ -67,6 +67,49 @@ template <class Store>
 inline void transpose_tile(const float* in, int64_t, const Store& store) {
   store(0, *in);
 }
+struct Eight {
+  float v[8];
+  static Eight zero() { return {}; }
+  static Eight load(const float* p) {
+    Eight f;
+    memcpy(f.v, p, sizeof f.v);
+    return f;
+  }
+  void store(float* p) const { memcpy(p, v, sizeof v); }
+  static Eight fma(const Eight& w, const Eight& x, const Eight& s) {
+    Eight f;
+    for (int i = 0; i < 8; ++i) f.v[i] = Simd::fma(w.v[i], x.v[i], s.v[i]);
+    return f;
+  }
+};
+
+struct Places {
+  uint32_t low[8], high[8];  // of the step: in bits 0 to 2, in bit 31
+  static Places load(const uint8_t* p) {
+    Places at;
+    memcpy(at.low, p, sizeof at.low);
+    memcpy(at.high, p, sizeof at.high);
+    return at;
+  }
+  Places next() const {
+    Places at;
+    for (int i = 0; i < 8; ++i) {
+      at.low[i] = low[i] >> 3;
+      at.high[i] = high[i] << 1;
+    }
+    return at;
+  }
+};
+
+struct Window {
+  const float* x;
+  explicit Window(const float* p) : x(p) {}
+  Eight pick(const Places& at) const {
+    Eight f;
+    for (int i = 0; i < 8; ++i) f.v[i] = x[(at.low[i] & 7) + (at.high[i] >> 31 << 3)];
+    return f;
+  }
+};
 
 inline void transpose8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
   for (int64_t i = 0; i < 8; ++i)
@@ -90,6 +133,7 @@ struct Four {
 #include "kernels.inl"
 #include "panels.inl"
 #include "sell16.inl"
+#include "sell4.inl"
 #include "sell8.inl"
 #include "slices_scalar.inl"
 // Behind these two:
@@ -204,6 +248,7 @@ const Kernels fs::sparse_matmul::kScalar = {"scalar",
                                             &bitmap_bf16,
                                             &sell16,
                                             &sell8,
+                                            &sell4,
                                             &panels,
                                             &transpose,
                                             &finish,

@@ -12,15 +12,16 @@
 #include "pair.h"
 #include "panels128.h"
 #include "sell16.h"
+#include "sell4.h"
 #include "sell8.h"
 
 namespace fs::sparse_matmul::formats {
 namespace {
 
 constexpr const PackedFormat* kFormats[] = {
-    &kBitmap32Format, &kSell16Format, &kPanels128Format, &kSell8Format, &kSell8x32Format, &kBlocks1x4,
-    &kBlocks4x4,      &kBlocks8x8,    &kBlocks16x16,     &kBlocks16x1,  &kNm14,           &kNm24,
-    &kNm48,           &kSell8Bf16,    &kSell8x32Bf16, &kPanels128Bf16,
+    &kBitmap32Format, &kSell16Format, &kPanels128Format, &kSell8Format,  &kSell8x32Format, &kSell4Format,
+    &kBlocks1x4,      &kBlocks4x4,    &kBlocks8x8,       &kBlocks16x16,  &kBlocks16x1,     &kNm14,
+    &kNm24,           &kNm48,         &kSell8Bf16,       &kSell8x32Bf16, &kPanels128Bf16,
 };
 
 template <class T>

@@ -127,7 +127,7 @@ def avx512() -> bool:
 
 
 def _sell(wide: bool) -> Callable[[Tensor, float], bool]:
-    """sell8 where registers have 512 bits, sell16 elsewhere: neither is ever the faster one on the other's ground."""
+    """sell8 where registers have 512 bits, sell4 and sell16 elsewhere: neither wins on the other's ground."""
     return lambda weight, density: weight.shape[1] <= 65536 and density <= 0.6 and avx512() == wide
 
 
@@ -136,6 +136,7 @@ CANDIDATES = (
     Candidate("bitmap32", most_rows=16),
     Candidate("sell8", most_rows=16, fits=_sell(wide=True)),
     Candidate("sell8x32", most_rows=16, fits=_sell(wide=True)),
+    Candidate("sell4", most_rows=16, fits=_sell(wide=False)),
     Candidate("sell16", most_rows=16, fits=_sell(wide=False)),
     Candidate("panels128"),
     Candidate("blocks4x4", fits=_in_blocks(4, 4)),

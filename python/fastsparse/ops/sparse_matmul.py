@@ -20,16 +20,16 @@ from fastsparse.ops._pack import HEADER, PAIR, SHAPED, Rows, kind_of, read_heade
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 from fastsparse.ops.sparse_training import to_csr, values_linear
 
-FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4, "sell8": 8}
+FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4, "sell8": 8, "sell4": 17}
 # Of float16 and bfloat16 weights, for CUDA; bitmap32 of bfloat16 runs on the CPU, too, sell8 and panels128 there alone.
 HALF_FORMATS = {"nm24": 5, "blocks16": 14, "bitmap32": 2, "sell8": 8, "sell8x32": 8, "panels128": 4}
 BF16_FORMATS = ("bitmap32", "sell8", "sell8x32", "panels128")  # on the CPU
 BF16_ROWS = 16  # up to which "auto" takes one of these for 2:4 weights, too
 MAX_SELL_K = 65536  # kMaxSellK in csrc/sparse_matmul/sparse_matmul.h
-# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which a few-rows format is the fastest, below AVX-512 sell16,
+# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which a few-rows format is the fastest, below AVX-512 sell4,
 # and the density from which that is bitmap32; on AVX-512 the rows from which sell8x32 is faster than sell8.
 FEW_ROWS = 4
-SELL16_ROWS = 2
+SELL4_ROWS = 2
 BITMAP_DENSITY = 0.4
 SELL8X32_ROWS = 2
 PAIR_WEIGHTS_PER_BYTE = 171  # kPairWeightsPerByte in csrc/sparse_matmul/formats/pair.h
@@ -122,9 +122,9 @@ def choose_format(density: float, k: int, rows: int | None) -> str:
         return "bitmap32"
     if k <= MAX_SELL_K and _auto.avx512():
         return "sell8" if rows < SELL8X32_ROWS else "sell8x32"
-    if rows > SELL16_ROWS:
+    if rows > SELL4_ROWS:
         return "panels128"
-    return "sell16" if k <= MAX_SELL_K else "bitmap32"
+    return "sell4" if k <= MAX_SELL_K else "bitmap32"
 
 
 def pack_float(weight: Tensor, format: str, rows: Rows) -> Tensor:
