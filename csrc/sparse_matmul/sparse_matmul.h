@@ -53,6 +53,7 @@ inline constexpr int64_t kSlice = 16;        // outputs that stand side by side 
 inline constexpr int64_t kWidestBlock = 16;  // k of the widest block
 inline constexpr int64_t kTileRows = 64;     // rows of x in the widest panel for such a pack
 inline constexpr int64_t kTileK = 128;       // k that meet such a panel at a time
+inline constexpr int64_t kTileSpan = 65536;  // floats of such a panel that meet a blocks pack at a time, at most
 inline constexpr int64_t kSlack = 512;       // floats behind the values that may be read
 inline constexpr int64_t kColumnsSlack = 16;  // floats behind the sums of a chunk of kChunk outputs that may be read
 
@@ -128,8 +129,8 @@ struct PanelArgs {
 // tile_width(N) outputs become x W^T.
 struct TileArgs {
   Pack pack;
-  const float* panel;  // [K rounded up to kTileK][lanes], x transposed; rows and k beyond x are zero. Another kTileK
-                       // rows may be read if the pack is damaged.
+  const float* panel;  // [K rounded up to kTileK][lanes], x transposed; rows and k beyond x are zero. Another
+                       // kTileSpan floats and kTileK rows may be read if the pack is damaged.
   int64_t lanes;       // 8, 16, 32 or 64
   int64_t chunk;
   float* sums;

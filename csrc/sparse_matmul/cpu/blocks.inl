@@ -212,22 +212,29 @@ struct Tiles {
 template <int kR, int kC, int kLanes, int kVecs, int kOut>
 struct Tiles<kR, kC, kLanes, kVecs, kOut, 0> {};
 
+constexpr int64_t kTilesAhead = 2048;  // floats
+
 // What the tiles of a slice share: outputs `first` to first + kOut of each place, vectors from `column` on.
 struct TilesAt {
   const Pack& pack;
-  const float* panel;  // the k block's rows, from `column` on
-  float* sums;         // the chunk's, from `column` on
+  float* sums;  // the chunk's, from `column` on
   int64_t slice_first, slice_steps;
   const uint8_t* order;
-  const uint8_t* count;
-  const uint32_t* done;  // steps of each place before this k block
+  const uint32_t* count;  // steps of each place in these k blocks
+  const uint32_t* done;   // and before them
   int64_t first;
-  const float* ahead;  // what the next slice has in this k block: its lines are asked for evenly under this one's
+  const float* ahead;  // what is asked for, line by line, under this slice
+};
+
+// The panel's rows of the k blocks at hand, from `column` on.
+struct PanelRows {
+  const float* x;
+  int64_t last;  // a power of two less one
 };
 
 template <int kR, int kC, int kLanes, int kVecs, int kOut>
-inline int64_t begin_tiles(Tiles<kR, kC, kLanes, kVecs, kOut, 0>&, const TilesAt&, int64_t) {
-  return kTileK;
+inline int64_t begin_tiles(Tiles<kR, kC, kLanes, kVecs, kOut, 0>&, const TilesAt& at, int64_t) {
+  return at.slice_steps;
 }
 template <int kR, int kC, int kLanes, int kVecs, int kOut, int kSide>
 inline int64_t begin_tiles(Tiles<kR, kC, kLanes, kVecs, kOut, kSide>& t, const TilesAt& at, int64_t place) {
@@ -243,14 +250,14 @@ inline int64_t begin_tiles(Tiles<kR, kC, kLanes, kVecs, kOut, kSide>& t, const T
 }
 
 template <int kR, int kC, int kLanes, int kVecs, int kOut, int kSide>
-BLOCKS_INLINE void add_block(Tiles<kR, kC, kLanes, kVecs, kOut, kSide>& t, int64_t step, const float* panel,
+BLOCKS_INLINE void add_block(Tiles<kR, kC, kLanes, kVecs, kOut, kSide>& t, int64_t step, const PanelRows& panel,
                              const float*& ahead) {
   // A step's lines, shared by the tiles that come by.
   constexpr int kLines = (kC * kOut * kVecs * Simd::kWidth + kSlice * kLanes - 1) / (kSlice * kLanes);
   for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * kSlice);
   ahead += kLines * kSlice;
-  // Whatever k it is, it lies in the block, behind which the panel goes on for more than a block's width.
-  const float* x = panel + (t.first_k[step * (kSlice / kR)] & (kTileK - 1)) * kLanes;
+  // Whatever k it is, it lies in these blocks, behind which the panel goes on.
+  const float* x = panel.x + (t.first_k[step * (kSlice / kR)] & panel.last) * kLanes;
   const float* value = t.value + step * (kC * kSlice);
 #pragma GCC unroll 4
   for (int c = 0; c < kC; ++c) {
@@ -260,63 +267,71 @@ BLOCKS_INLINE void add_block(Tiles<kR, kC, kLanes, kVecs, kOut, kSide>& t, int64
   }
 }
 template <int kR, int kC, int kLanes, int kVecs, int kOut>
-BLOCKS_INLINE void add_blocks(Tiles<kR, kC, kLanes, kVecs, kOut, 0>&, int64_t, const float*, const float*&) {}
+BLOCKS_INLINE void add_blocks(Tiles<kR, kC, kLanes, kVecs, kOut, 0>&, int64_t, const PanelRows&, const float*&) {}
 template <int kR, int kC, int kLanes, int kVecs, int kOut, int kSide>
-BLOCKS_INLINE void add_blocks(Tiles<kR, kC, kLanes, kVecs, kOut, kSide>& t, int64_t step, const float* panel,
+BLOCKS_INLINE void add_blocks(Tiles<kR, kC, kLanes, kVecs, kOut, kSide>& t, int64_t step, const PanelRows& panel,
                               const float*& ahead) {
   add_blocks(t.before, step, panel, ahead);
   add_block(t, step, panel, ahead);
 }
 template <int kR, int kC, int kLanes, int kVecs, int kOut>
-inline void end_tiles(Tiles<kR, kC, kLanes, kVecs, kOut, 0>&, int64_t, const float*, const float*&) {}
+inline void end_tiles(Tiles<kR, kC, kLanes, kVecs, kOut, 0>&, int64_t, const PanelRows&, const float*&) {}
 template <int kR, int kC, int kLanes, int kVecs, int kOut, int kSide>
-inline void end_tiles(Tiles<kR, kC, kLanes, kVecs, kOut, kSide>& t, int64_t step, const float* panel,
+inline void end_tiles(Tiles<kR, kC, kLanes, kVecs, kOut, kSide>& t, int64_t step, const PanelRows& panel,
                       const float*& ahead) {
   end_tiles(t.before, step, panel, ahead);
   for (; step < t.count; ++step) add_block(t, step, panel, ahead);
   store(t.sums, t.home, kLanes);
 }
 
-// A panel of kLanes rows in parts of kVecs vectors: tiles of kOut outputs, kSide of them side by side.
+// A panel of kLanes rows in parts of kVecs vectors: tiles of kOut outputs, kSide of them side by side. Where these
+// cover a slice and the panel, the values are read once, in order, and x may lie in L2: no sums go to memory before
+// kTileSpan. Else a slice's values come again for every tile and have to stay in L1 with the panel: few k at a time, but
+// more in narrow panels, so that the next slice's lines have time to arrive.
 template <int kR, int kC, int kLanes, int kVecs, int kOut, int kSide>
 void block_panel_lanes(const TileArgs& a) {
   constexpr int64_t kGroups = kSlice / kR;
   static_assert(kR % kOut == 0 && kGroups % kSide == 0 && kLanes % (kVecs * Simd::kWidth) == 0, "whole tiles");
   const Pack& p = a.pack;
+  constexpr bool kOnce = kSide * kR == kSlice && kOut == kR && kLanes == kVecs * Simd::kWidth;
+  constexpr int64_t kSpan = (kOnce ? kTileSpan : kLanes < 32 ? 32 * kTileK : kLanes * kTileK) / kLanes;  // k
+  static_assert((kSpan & (kSpan - 1)) == 0 && kSpan % kTileK == 0 && kSpan * kLanes <= kTileSpan, "whole blocks");
   const int64_t blocks = (p.k + kTileK - 1) / kTileK, all = (p.n + kSlice - 1) / kSlice;
   const int64_t width = tile_width(p.n), slices = width / kSlice;
   const int64_t begin = a.chunk * slices, end = begin + slices < all ? begin + slices : all;
   uint32_t done[kChunk / kR] = {};
   memset(a.sums, 0, static_cast<size_t>(width * kLanes) * sizeof(float));
-  for (int64_t b = 0; b < blocks; ++b)
+  for (int64_t b = 0; b < blocks; b += kSpan / kTileK)
     for (int64_t slice = begin; slice < end; ++slice) {
+      uint32_t count[kGroups] = {};
+      for (int64_t i = b; i < b + kSpan / kTileK && i < blocks; ++i)
+        for (int64_t g = 0; g < kGroups; ++g) count[g] += p.count[(slice * blocks + i) * kGroups + g];
       const int64_t first = at_most(p.offset[slice], p.total), last = at_most(p.offset[slice + 1], p.total);
       TilesAt at{p,
-                 nullptr,
                  nullptr,
                  first,
                  last < first ? 0 : last - first,
                  p.order + slice * kGroups,
-                 p.count + (slice * blocks + b) * kGroups,
+                 count,
                  done + (slice - begin) * kGroups,
                  0,
                  nullptr};
-      const int64_t next = slice + 1 < end ? slice + 1 : begin;
+      const int64_t next = kOnce ? slice : slice + 1 < end ? slice + 1 : begin;
       const int64_t next_step = at_most(p.offset[next], p.total) + done[(next - begin) * kGroups];
-      at.ahead = p.value + next_step * (kC * kSlice);
+      at.ahead = p.value + next_step * (kC * kSlice) + (kOnce ? kTilesAhead : 0);
       __builtin_prefetch(p.first_k + next_step * kGroups);
       __builtin_prefetch(p.first_k + next_step * kGroups + 32);
       for (int64_t place = 0; place < kGroups; place += kSide)
         for (int64_t column = 0; column < kLanes; column += kVecs * Simd::kWidth)
           for (at.first = 0; at.first < kR; at.first += kOut) {
-            at.panel = a.panel + b * kTileK * kLanes + column;
+            const PanelRows panel{a.panel + b * kTileK * kLanes + column, kSpan - 1};
             at.sums = a.sums + column;
             Tiles<kR, kC, kLanes, kVecs, kOut, kSide> t;
             const int64_t common = begin_tiles(t, at, place);
-            for (int64_t step = 0; step < common; ++step) add_blocks(t, step, at.panel, at.ahead);
-            end_tiles(t, common, at.panel, at.ahead);
+            for (int64_t step = 0; step < common; ++step) add_blocks(t, step, panel, at.ahead);
+            end_tiles(t, common, panel, at.ahead);
           }
-      for (int64_t g = 0; g < kGroups; ++g) done[(slice - begin) * kGroups + g] += at.count[g];
+      for (int64_t g = 0; g < kGroups; ++g) done[(slice - begin) * kGroups + g] += count[g];
     }
 }
 

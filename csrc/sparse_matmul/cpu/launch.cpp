@@ -170,7 +170,7 @@ void finish_chunk(const Kernels& kernels, const LinearArgs& args, const float* s
 struct TileScratch {
   float *x, *sums, *back;
   TileScratch(int64_t lanes, int64_t padded_k) {
-    const int64_t chunk = kChunk * lanes, panel = (padded_k + kTileK) * lanes;
+    const int64_t chunk = kChunk * lanes, panel = padded_k * lanes + kTileSpan + kTileK * lanes;
     x = reinterpret_cast<float*>(scratch(static_cast<size_t>(panel + chunk + kBackFloats) * sizeof(float)));
     sums = x + panel;
     back = sums + chunk;

@@ -115,7 +115,7 @@ template <int kLanes>
 struct BlockPanel;
 template <>
 struct BlockPanel<16> {
-  static constexpr int kVecs = 1, kOut = 8, kSide4 = 2, kVecs1 = 1, kSide1 = 8;
+  static constexpr int kVecs = 1, kOut = 8, kSide4 = 4, kVecs1 = 1, kSide1 = 8;
 };
 template <>
 struct BlockPanel<32> {
