@@ -2,15 +2,17 @@
 // Idea     bitmap: vpermps spreads eight values over a byte of the mask by a table of lanes; lanes that hold nothing
 // are
 //          negative there, and a blend by the sign clears them.
-//          sell: the elements of x are put together from scalar loads (gathers are slow here).
+//          sell4: a step's 16 x lie in two registers, of which vpermps twice and a blend pick.
+//          sell16, sell8: the elements of x are put together from scalar loads (gathers are slow here).
 //          panels: one broadcast weight meets up to 32 rows of x, 4 FMAs with memory operands.
 // Tile     bitmap: 32 outputs x 1 or 2 rows, 4 ymm sums a row, 16 outputs x 3 or 4 rows.
 //          sell: 16 outputs x 1 to 4 rows. panels: 8 ymm sums: 2 outputs x 32 rows, 4 x 16 or 8 x 8.
-// Reads    formats/bitmap32.h, bitmap16.h, sell16.h, sell8.h, panels128.h. Bitmap reads 32 bytes from each position in
-//          the values: kSlack makes room behind the last one.
+// Reads    formats/bitmap32.h, bitmap16.h, sell16.h, sell8.h, sell4.h, panels128.h. Bitmap reads 32 bytes from each
+//          position in the values: kSlack makes room behind the last one.
 // Tails    outputs: partly stored; k: none is padded; rows: smaller instances.
 // Bound    bitmap: 9 loads and 45 instructions per 32 slots: 5.6 cycles on Zen 5, 8 reached. sell16: 23 loads and 57
-//          instructions per 16 non-zeros: 8 cycles, 12.5 reached (sell8: 13.6). panels: 4 FMAs, 4 3/4 loads
+//          instructions per 16 non-zeros: 8 cycles, 12.5 reached (sell8: 13.6). sell4: 6 uops of two ports and 19
+//          instructions per 16 slots: 3.3 cycles on Zen 4, 4.2 reached. panels: 4 FMAs, 4 3/4 loads
 //          and a shuffle a non-zero and 32 rows.
 // Measured docs/kernels/sparse_matmul.md
 #include "../../runtime/simd/avx2.h"

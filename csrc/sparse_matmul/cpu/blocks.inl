@@ -286,8 +286,8 @@ inline void end_tiles(Tiles<kR, kC, kLanes, kVecs, kOut, kSide>& t, int64_t step
 
 // A panel of kLanes rows in parts of kVecs vectors: tiles of kOut outputs, kSide of them side by side. Where these
 // cover a slice and the panel, the values are read once, in order, and x may lie in L2: no sums go to memory before
-// kTileSpan. Else a slice's values come again for every tile and have to stay in L1 with the panel: few k at a time, but
-// more in narrow panels, so that the next slice's lines have time to arrive.
+// kTileSpan. Else a slice's values come again for every tile and have to stay in L1 with the panel: few k at a time,
+// but more in narrow panels, so that the next slice's lines have time to arrive.
 template <int kR, int kC, int kLanes, int kVecs, int kOut, int kSide>
 void block_panel_lanes(const TileArgs& a) {
   constexpr int64_t kGroups = kSlice / kR;
