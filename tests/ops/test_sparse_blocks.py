@@ -21,11 +21,12 @@ BLOCKS = {"blocks1x4": (1, 4), "blocks4x4": (4, 4), "blocks8x8": (8, 8), "blocks
 NM = {"nm1:4": (1, 4), "nm2:4": (2, 4), "nm4:8": (4, 8)}
 FORMATS = (*BLOCKS, *NM)
 LEVELS = [level for level in isa_levels() if level in {row["level"] for row in cpu_rows("sparse_matmul")}]
-# Round the tiles: 4 and 8 rows a pass, panels of 8 to 64; slices of 16 outputs, 4 side by side, chunks of 256; 64 and
-# 128 k.
+# Round the tiles: 4 and 8 rows a pass, panels of 8 to 64; slices of 16 outputs, 4 side by side, chunks of 256; 64,
+# 128, 256 and 4096 k.
 SHAPES = [
     (1, 1, 1), (2, 17, 7), (3, 31, 9), (4, 33, 127), (5, 64, 128), (6, 100, 33), (7, 65, 66), (8, 255, 31),
     (9, 40, 129), (16, 256, 61), (17, 257, 130), (25, 61, 300), (33, 130, 64), (65, 31, 257),
+    (12, 20, 700), (15, 33, 4100),
 ]  # fmt: skip
 EMPTY = [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)]
 
