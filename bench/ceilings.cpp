@@ -6,6 +6,7 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #if defined(__linux__)
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -233,10 +234,15 @@ double run(Time time, double per_call, Make make) {
   return best;
 }
 
+// In huge pages where there are any, as packed weights are: in pages of 4 KB the TLB would be measured.
 struct Buffer {
   char* p;
-  explicit Buffer(size_t bytes) {
-    p = static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
+  explicit Buffer(size_t bytes, bool huge) {
+    const size_t page = huge ? size_t{2} << 20 : 4096;
+    p = static_cast<char*>(std::aligned_alloc(page, (bytes + page - 1) / page * page));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (p && huge) madvise(p, (bytes + page - 1) / page * page, MADV_HUGEPAGE);
+#endif
     if (p) std::memset(p, 1, bytes);
   }
   ~Buffer() { std::free(p); }
@@ -301,7 +307,7 @@ double ceil_read(int width, int variant, size_t bytes, double seconds, int burst
   const size_t used = bytes / 1024 * 1024;
   if (!used) return -1;
   std::vector<Buffer*> buffers;
-  for (int t = 0; t < threads; t++) buffers.push_back(new Buffer(used));
+  for (int t = 0; t < threads; t++) buffers.push_back(new Buffer(used, true));
   bool ok = true;
   for (auto* buffer : buffers) ok = ok && buffer->p;
   // Small sets are read many times between two looks at the clock.
@@ -323,7 +329,7 @@ double ceil_copy(int streaming, size_t bytes, double seconds, int bursts, int th
   const size_t used = bytes / 4096 * 4096;
   if (!used) return -1;
   std::vector<Buffer*> buffers;
-  for (int t = 0; t < 2 * threads; t++) buffers.push_back(new Buffer(used));
+  for (int t = 0; t < 2 * threads; t++) buffers.push_back(new Buffer(used, false));
   bool ok = true;
   for (auto* buffer : buffers) ok = ok && buffer->p;
   double rate = -1;
