@@ -192,7 +192,7 @@ Tensor unpack_cpu(Tensor pack, int64_t n, int64_t k) {
   return out;
 }
 
-// --- float16 and bfloat16 weights; bitmap32, sell8 and panels128 of bfloat16 run on the CPU ---------------------------
+// --- float16 and bfloat16 weights; of bfloat16 bitmap32, sell8 and panels128 run on the CPU, too -------------------
 
 // A sell8 or panels128 of a bfloat16 weight [n, k].
 std::vector<uint8_t> pack_bf16(const formats::PackedFormat& format, const Tensor& weight, const uint16_t* bits) {
@@ -270,8 +270,7 @@ HalfPack valid_half(const char* op, const Tensor& pack) {
     const std::string name = header.format == kSell8 ? "sell8" : "panels128";
     const std::string error = formats::validate(bytes, size);
     if (!error.empty()) fail(op, "pack must be a bfloat16 " + name + " pack: " + error);
-    if (header.dtype != formats::kDTypeBf16)
-      fail(op, "pack must be a bfloat16 " + name + " pack: got one of float32");
+    if (header.dtype != formats::kDTypeBf16) fail(op, "pack must be a bfloat16 " + name + " pack: got one of float32");
     Pack p;
     formats::view(bytes, size, &p);
     return {p.n, p.k, DType::bf16, p};

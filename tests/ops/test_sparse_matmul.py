@@ -411,7 +411,9 @@ def test_sell8_of_bfloat16_says_what_is_wrong() -> None:
         with pytest.raises(ValueError, match=r"^pack: weight must have at most K=65536 columns for sell8"):
             ops.pack(torch.zeros(1, 65537, dtype=torch.bfloat16), format)
         opcheck(torch.ops.fastsparse.half_pack.default, (clean, 8, block))
-    with pytest.raises(ValueError, match=r"^half_pack: block must be 64 \(sell8\), 32 \(sell8x32\) or 192 \(panels128\), got 16$"):
+    with pytest.raises(
+        ValueError, match=r"^half_pack: block must be 64 \(sell8\), 32 \(sell8x32\) or 192 \(panels128\), got 16$"
+    ):
         torch.ops.fastsparse.half_pack(clean, 8, 16)
 
 

@@ -137,8 +137,8 @@ void linear_slices(const Kernels& kernels, const LinearArgs& args) {
     const int64_t end = blocks ? first_block(w, slices, last, parts) : last * slices / parts;
     for (int64_t row = 0; row < args.m; row += height) {
       const int64_t rows = std::min(height, args.m - row), column = begin * kSlice;
-      (blocks ? kernels.block_slices
-              : kernels.nm_slices)({w, x.x + row * x.stride, x.stride, rows, begin, end, args.y + row * w.n, w.n, false});
+      (blocks ? kernels.block_slices : kernels.nm_slices)(
+          {w, x.x + row * x.stride, x.stride, rows, begin, end, args.y + row * w.n, w.n, false});
       if (!blocks && begin < end) finish_rows(kernels, args, row, rows, column, std::min(end * kSlice, w.n) - column);
     }
   });

@@ -30,8 +30,8 @@ def pack(
         weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K] for `sparse_linear`: dense,
             torch.sparse_csr, sparse_csc, sparse_coo or a scipy.sparse matrix, of which exactly what is zero is left
             out (a zero that is stored explicitly, too); float16 or bfloat16 [N, K], for `sparse_linear` on CUDA
-            (of bfloat16 bitmap32, sell8 and panels128 on the CPU, too). 4-bit codes [N, K] for `weight_only_linear`: int8
-            in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
+            (of bfloat16 bitmap32, sell8 and panels128 on the CPU, too). 4-bit codes [N, K] for `weight_only_linear`:
+            int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
             `sparse_int8_linear` "bitmap_s8", "windows_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h,
             windows_s8.h, blocks_s8.h in csrc/sparse_matmul), or "sparse": that of them which fits the zeros and
