@@ -98,7 +98,7 @@ def test_a_weight_that_is_not_sparse_enough() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"^pack: format must be 'auto', .* for float32, got 'nm24'$"):
         ops.pack(torch.zeros(4, 4), "nm24")
-    with pytest.raises(ValueError, match=r"^pack: format must be .* or 'sell8x32' for float16, got 'sell16'$"):
+    with pytest.raises(ValueError, match=r"^pack: format must be .* or 'bitmap32' for float16, got 'sell16'$"):
         ops.pack(torch.zeros(4, 4).half(), "sell16")
     with pytest.raises(ValueError, match=r"^pack: weight must be a matrix \[N, K\], got weight\[4\]$"):
         ops.pack(torch.zeros(4).half(), "nm24")
@@ -116,7 +116,7 @@ def test_errors() -> None:
             torch.ops.fastsparse.half_unpack(ops.pack(w, format), 4, 9, False)
         with pytest.raises(ValueError, match=rf"^half_validate: pack must be {what} pack: got 70 bytes"):
             torch.ops.fastsparse.half_validate(ops.pack(w, format)[:70])
-    with pytest.raises(ValueError, match=r"^half_pack: format must be 2 .*, 5 .*, 8 .* or 14 .*, got 3$"):
+    with pytest.raises(ValueError, match=r"^half_pack: format must be 2 .*, 4 .*, 5 .*, 8 .* or 14 .*, got 3$"):
         torch.ops.fastsparse.half_pack(w, 3)
     with pytest.raises(ValueError, match=r"^half_pack: weight must be float16 or bfloat16, got float32$"):
         torch.ops.fastsparse.half_pack(w.float(), 5)

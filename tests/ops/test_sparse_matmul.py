@@ -406,10 +406,12 @@ def test_sell8_of_bfloat16_says_what_is_wrong() -> None:
             torch.ops.fastsparse.half_validate(ops.pack(clean.float(), format))
         with pytest.raises(ValueError, match=r"^half_unpack: pack must be of \[N=40, K=71\] .* got \[N=40, K=70\]$"):
             torch.ops.fastsparse.half_unpack(pack, 40, 71, True)
-        with pytest.raises(ValueError, match=r"^pack: weight must be bfloat16 or float32 for sell8, got float16$"):
+        with pytest.raises(ValueError, match=r"^pack: format must be .* for float16, got 'sell8"):
             ops.pack(clean.half(), format)
         with pytest.raises(ValueError, match=r"^pack: weight must have at most K=65536 columns for sell8"):
             ops.pack(torch.zeros(1, 65537, dtype=torch.bfloat16), format)
+        with pytest.raises(ValueError, match=r"^half_pack: weight must be bfloat16 or float32 for sell8.*, got float16$"):
+            torch.ops.fastsparse.half_pack(clean.half(), 8, block)
         opcheck(torch.ops.fastsparse.half_pack.default, (clean, 8, block))
     with pytest.raises(
         ValueError, match=r"^half_pack: block must be 64 \(sell8\), 32 \(sell8x32\) or 192 \(panels128\), got 16$"
@@ -450,13 +452,15 @@ def test_auto_chooses_by_rows_and_density(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", isa_levels())
-def test_auto_of_bfloat16_has_formats_of_the_cpu_for_few_rows(isa: str) -> None:
+def test_auto_of_bfloat16_has_formats_of_the_cpu_unless_2_of_4(isa: str) -> None:
     wide = isa in ("avx512", "amx")
     for zeros, rows, format in [
         (0.5, 1, "bitmap32"),
         (0.95, 1, "sell8" if wide else "bitmap32"),
-        (0.95, 4, "sell8x32" if wide else "bitmap32"),
-        (0.95, 16, "bitmap32"),
+        (0.95, 4, "sell8x32" if wide else "panels128"),
+        (0.95, 16, "panels128"),
+        (0.3, None, "panels128"),
+        (0.3, (1, 64), "panels128"),
         (1.0, None, "nm24"),
         (1.0, 17, "nm24"),
         (1.0, (1, 64), "nm24"),
