@@ -79,6 +79,7 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
     "half_unpack": (HALF_PACK, N, K, False),
     "half_validate": (HALF_PACK,),
     "int8_linear": (X, S8, SCALE, BIAS, 2),
+    "int8_linear_plain": (X, S8, SCALE, BIAS, 2),
     "int8_linear_train": (X, S8, SCALE, BIAS),
     "int8_mm": (CODES[:M], CODES.t()),
     "int8_pack": (CODES,),
