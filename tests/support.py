@@ -8,8 +8,10 @@ import itertools
 import mmap
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -147,3 +149,17 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def asks_for_huge_pages(tensor: Tensor) -> bool:
+    """The middle of its memory; skips the test where the system has none or does not say."""
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system has no transparent huge pages")
+    address, inside = tensor.data_ptr() + tensor.numel() * tensor.element_size() // 2, False
+    smaps = Path("/proc/self/smaps")
+    for line in smaps.read_text().splitlines() if smaps.exists() else []:
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    pytest.skip("this system does not say how memory is mapped")

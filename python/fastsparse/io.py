@@ -348,11 +348,13 @@ def _build(file: _File, name: str, config: Any) -> PackedLinear:
     pack = file.tensors[prefix + "weight"]
     # The header was right, and there is one way to pack a weight: so this sees every byte that is not as written by
     # pack(), but for the rare change of weights and column sums that fit each other.
-    if not torch.equal(repack(pack), pack):
+    again = repack(pack)
+    if not torch.equal(again, pack):
         raise file.error(f"{what}: {prefix}weight is a damaged pack: its bytes do not agree with one another")
     # Assigned, not copied; but a tie of the file is no reason for two modules of a model to share memory.
     state = {key: file.tensors[prefix + key] for key in module.state_dict()}
     state = {key: value.clone() if prefix + key in file.tied else value for key, value in state.items()}
+    state["weight"] = again  # the same bytes, in the large pages that pack() asks for
     module.load_state_dict(state, assign=True)
     return module
 

@@ -18,6 +18,7 @@ from torch import nn
 import fastsparse
 from fastsparse import ops
 from fastsparse.nn import Int8Linear
+from tests.support import asks_for_huge_pages
 
 
 class Block(nn.Module):
@@ -184,6 +185,11 @@ def test_a_loaded_model_owns_its_tensors(path):
     assert torch.equal(target(X), model(X))
     assert torch.equal(tensors["head.weight"], model.head.weight)
     assert target.head.weight.untyped_storage().nbytes() == target.head.weight.numel()
+
+
+def test_a_large_pack_that_was_loaded_asks_for_huge_pages(path):
+    fastsparse.save(nn.Sequential(Int8Linear.from_linear(nn.Linear(4096, 2048))), path)
+    assert asks_for_huge_pages(fastsparse.load(path, nn.Sequential(nn.Linear(4096, 2048)))[0].weight)
 
 
 def test_a_loaded_model_saves_the_same_bytes(path, whole):

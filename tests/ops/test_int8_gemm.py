@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from torch import Tensor
 from fastsparse import _C, ops, reference
 from fastsparse.ops.int8_gemm import _by_views
 from fastsparse.reference.int8_gemm import quantize_rows, quantize_static
-from support import around_tiles, forced, guarded, isa_levels, same_bits, strided, threads
+from support import around_tiles, asks_for_huge_pages, forced, guarded, isa_levels, same_bits, strided, threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [None, "relu", "gelu", "silu"]
@@ -901,27 +899,10 @@ def test_packs_hold_every_value() -> None:
     assert torch.equal(ops.unpack(ops.pack(w)), w)
 
 
-def flags_of_memory(address: int) -> list[str]:
-    """The kernel's flags of the mapping that this address lies in; none where it does not say."""
-    smaps = Path("/proc/self/smaps")
-    inside = False
-    for line in smaps.read_text().splitlines() if smaps.exists() else []:
-        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            return line.split()[1:]
-    return []
-
-
 def test_a_large_pack_asks_for_huge_pages() -> None:
-    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        pytest.skip("this system has no transparent huge pages")
     w = s8(2048, 4096)
     pack = ops.pack(w)
-    flags = flags_of_memory(pack.data_ptr() + pack.numel() // 2)
-    if not flags:
-        pytest.skip("this system does not say how memory is mapped")
-    assert "hg" in flags
+    assert asks_for_huge_pages(pack)
     assert torch.equal(ops.unpack(pack), w)
 
 
