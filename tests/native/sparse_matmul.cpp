@@ -78,9 +78,10 @@ void check(const std::vector<const Kernels*>& rows) {
   constexpr int kBf16 = 0, kSell8OfBf16 = 1;  // bitmap32, sell8 of bfloat16
   for (const auto [format, block, most] :
        {Layout{kBitmap32, 0, 4}, Layout{kSell16, 0, 4}, Layout{kPanels128, 0, 4}, Layout{kSell8, 64, 4},
-        Layout{kSell8, 32, 4}, Layout{kSell4, 0, 4}, Layout{kSell8OfBf16, 64, 4}, Layout{kSell8OfBf16, 32, 4}, Layout{kBf16, 0, 4},
-        Layout{kBlocks, 0x0104, 4}, Layout{kBlocks, 0x0404, 4}, Layout{kBlocks, 0x0808, 4}, Layout{kBlocks, 0x1010, 4},
-        Layout{kBlocks, 0x1001, 4}, Layout{kNm, 0x0104, 1}, Layout{kNm, 0x0204, 2}, Layout{kNm, 0x0408, 2}}) {
+        Layout{kSell8, 32, 4}, Layout{kSell4, 0, 4}, Layout{kSell8OfBf16, 64, 4}, Layout{kSell8OfBf16, 32, 4},
+        Layout{kBf16, 0, 4}, Layout{kBlocks, 0x0104, 4}, Layout{kBlocks, 0x0404, 4}, Layout{kBlocks, 0x0808, 4},
+        Layout{kBlocks, 0x1010, 4}, Layout{kBlocks, 0x1001, 4}, Layout{kNm, 0x0104, 1}, Layout{kNm, 0x0204, 2},
+        Layout{kNm, 0x0408, 2}}) {
     if (kept > most || ((format == kBf16 || format == kSell8OfBf16) && !bf16)) continue;
     const auto* const packed =
         format == kSell8OfBf16 ? formats::find(kSell8, block, formats::kDTypeBf16) : formats::find(format, block);
