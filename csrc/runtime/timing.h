@@ -3,7 +3,17 @@
 #include <chrono>
 #include <cstdint>
 
+#include "huge_pages.h"
+#include "workspace.h"
+
 namespace fs {
+
+// Room for a pack, where ops.pack would put it.
+inline AlignedBytes allocate_pack(int64_t bytes) {
+  AlignedBytes pack = allocate_aligned(static_cast<size_t>(bytes));
+  advise_huge_pages(pack.get(), bytes);
+  return pack;
+}
 
 // Seconds a call: calls(count) makes so many; `warm` of them come first and are not counted.
 template <class Calls>

@@ -4,7 +4,6 @@
 
 #include "../../families.h"
 #include "../../runtime/timing.h"
-#include "../../runtime/workspace.h"
 #include "../formats/vnni16.h"
 #include "../select.h"
 
@@ -18,7 +17,7 @@ double time_int8_linear(int64_t m, int64_t n, int64_t k, int64_t repeats, int64_
   for (size_t i = 0; i < weight.size(); ++i) weight[i] = static_cast<int8_t>(static_cast<int>(i * 7919 % 255) - 127);
   std::vector<AlignedBytes> packs;
   for (int64_t i = 0; i < copies; ++i) {
-    packs.push_back(allocate_aligned(size(vnni16::pack_bytes(n, k))));
+    packs.push_back(allocate_pack(vnni16::pack_bytes(n, k)));
     vnni16::pack(weight.data(), k, 1, n, k, packs.back().get());
   }
   std::vector<float> x(size(m * k)), scale(size(n), 0.01f), bias(size(n), 0.5f), y(size(m * n));

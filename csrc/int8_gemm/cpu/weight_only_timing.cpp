@@ -5,7 +5,6 @@
 
 #include "../../families.h"
 #include "../../runtime/timing.h"
-#include "../../runtime/workspace.h"
 #include "../formats/u4.h"
 #include "../formats/vnni16.h"
 #include "../select.h"
@@ -29,7 +28,7 @@ double time_weight_only_linear(int64_t m, int64_t n, int64_t k, int64_t bits, in
   const int64_t bytes = bits == 8 ? vnni16::pack_bytes(n, k) : layout.bytes();
   std::vector<AlignedBytes> packs;
   for (int64_t i = 0; i < copies; ++i) {
-    packs.push_back(allocate_aligned(size(bytes)));
+    packs.push_back(allocate_pack(bytes));
     if (i > 0)
       std::memcpy(packs.back().get(), packs.front().get(), size(bytes));
     else if (bits == 8)

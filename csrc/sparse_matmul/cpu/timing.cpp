@@ -1,4 +1,5 @@
 // The kernel's own time, without the dispatcher.
+#include <cstring>
 #include <stdexcept>
 #include <vector>
 
@@ -24,13 +25,16 @@ double time_sparse_linear(int64_t m, int64_t n, int64_t k, double density, int64
     w = static_cast<double>(state >> 40) < density * 16777216.0 ? 0.01f : 0.0f;
   }
   const std::vector<uint8_t> one = formats::pack(*packed, weight.data(), k, 1, n, k);
-  const std::vector<std::vector<uint8_t>> packs(size(copies), one);
+  std::vector<AlignedBytes> packs;
+  for (int64_t i = 0; i < copies; ++i) {
+    packs.push_back(allocate_pack(static_cast<int64_t>(one.size())));
+    std::memcpy(packs.back().get(), one.data(), one.size());
+  }
   LinearArgs args{{}, x.data(), k, m, bias.data(), Activation::none, y.data()};
   const Kernels& kernels = select();
   const auto run = [&](int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      const std::vector<uint8_t>& pack = packs[size(i % copies)];
-      formats::view(pack.data(), static_cast<int64_t>(pack.size()), &args.weight);
+      formats::view(packs[size(i % copies)].get(), static_cast<int64_t>(one.size()), &args.weight);
       linear(kernels, args);
     }
   };
