@@ -155,7 +155,7 @@ struct Kernels {
   // tile() and epilogue() in one, to the same bits, the sums never leaving the registers. False: nothing was done, this
   // tile or this epilogue is none of those that it knows. Null: it knows none.
   bool (*tile_to_y)(const TileArgs&, const EpilogueArgs&);
-  bool whole_row;  // a tile of one row takes any number of columns at once
+  bool whole_row = false;  // a tile of one row takes any number of columns at once
 };
 
 // One per ISA file (cpu/<level>.cpp).
