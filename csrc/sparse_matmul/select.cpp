@@ -40,10 +40,8 @@ const Kernels& select() { return kernels.select(); }
 bool prefetch_sell8(const Pack& w, int64_t rows) {
   if (w.format != kSell8) return false;
   if (w.block == kSell8x32Rows) return rows > 1;
-  // Zen 4, the AMD that has AVX-512 and no AVX-VNNI, follows the one stream by itself and loses 5 to 35%; Zen 5 gains
-  // 10% from DRAM.
-  static const bool zen4 = isa::amd() && (isa::cpu_features() & isa::kAvxVnni) == 0;
-  return !zen4 && (rows > 1 || w.total * sell8_group_bytes(w.block, w.bf16 ? 2 : 4) >= kLargeSell8);
+  // Zen 4 follows the one stream by itself and loses 5 to 35%; Zen 5 gains 10% from DRAM.
+  return !isa::zen4() && (rows > 1 || w.total * sell8_group_bytes(w.block, w.bf16 ? 2 : 4) >= kLargeSell8);
 }
 
 std::vector<const Kernels*> table() { return kernels.all(); }

@@ -93,11 +93,13 @@ def windows_are_fast() -> bool:
 
 def _choose(weight: Tensor, rows: int | None) -> Tensor:
     """What "sparse" means: by the rows of x to be expected (None: many), what the zeros leave to store, and the CPU."""
-    few = rows is not None and rows <= BITMAP_ROWS
     live = int(weight.count_nonzero())
-    costs = {"blocks4x4": 16 * _blocks(weight, 4), "blocks1x4": COST_1X4 * 4 * _blocks(weight, 1)}
-    best = "bitmap_s8" if few else min(costs, key=lambda name: costs[name])
-    bound = WINDOWS_OVER_BITMAP * (live + weight.numel() / 8) / 2 if few else costs[best] / COST_WINDOWS
+    if rows is not None and rows <= BITMAP_ROWS:
+        best, bound = "bitmap_s8", WINDOWS_OVER_BITMAP * (live + weight.numel() / 8) / 2
+    else:
+        costs = {"blocks4x4": 16 * _blocks(weight, 4), "blocks1x4": COST_1X4 * 4 * _blocks(weight, 1)}
+        best = min(costs, key=lambda name: costs[name])
+        bound = costs[best] / COST_WINDOWS
     if live < bound and windows_are_fast():  # more than that: lost, however few of their places stay empty
         windows = _sparse_int8_pack(weight, FORMATS["windows_s8"])
         if windows.numel() / 2 < bound:
