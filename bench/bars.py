@@ -76,6 +76,17 @@ class Verdict:
     detail: str
 
 
+def status_of(bar: Bar, measured: float) -> Status:
+    """Whether a figure meets a bar. Raises ValueError if the bar has no target."""
+    if bar.at_least is not None:
+        short = 1 - measured / bar.at_least
+    elif bar.at_most is not None:
+        short = measured / bar.at_most - 1
+    else:
+        raise ValueError(f"bar {bar.key} has neither at_least nor at_most")
+    return MET if short <= 0 else NEARLY if short <= bar.noise else MISSED
+
+
 def judge(bar: Bar, context: Context) -> Verdict:
     """The verdict of one bar. A part that is missing leaves the bar open, unless another part misses it anyway."""
     least = bar.at_least is not None
@@ -102,17 +113,14 @@ def judge(bar: Bar, context: Context) -> Verdict:
     measured = geomean([value for value, _ in known]) if bar.mean else worst
     place = f"worst {worst:.3g} at {where}" if len(known) > 1 else f"at {where}"
     off = measured / goal - 1
-    good = off >= 0 if least else off <= 0
-    near = abs(off) <= bar.noise
+    status = status_of(bar, measured)
     gap = f"{abs(off):.1%} {'below' if off < 0 else 'above'} the bar"
     bad = [where for value, where in known if (value < goal if least else value > goal)]
     count = f"{len(known) - len(bad)} of {len(known)} reach it" if len(known) > 1 and not bar.mean else ""
-    if missing and (good or near or bar.mean):
+    if missing and (status != MISSED or bar.mean):
         first = f"{len(missing)} of {len(parts)} figures are missing ({missing[0].where}: {missing[0].why})"
         return verdict(NOT_MEASURABLE, measured, first, place, bar.note(context))
-    return verdict(
-        MET if good else NEARLY if near else MISSED, measured, "" if good else gap, place, count, bar.note(context)
-    )
+    return verdict(status, measured, "" if status == MET else gap, place, count, bar.note(context))
 
 
 def judge_all(family: str, context: Context) -> list[Verdict]:

@@ -259,10 +259,14 @@ def markdown(result: Result, cases: Mapping[str, Case], plot: str | None = None)
     text += ["", LEGEND, ""]
     text += [f"![plot]({plot})", ""] if plot else []
     for table in tables(result, cases):
-        text += [f"## {table.title}", "", _line(table.header), _line(["---"] * len(table.header))]
-        text += [_line(cells) for cells in table.cells] + [""]
-        text += [f"- {note}" for note in table.notes] + [""] * bool(table.notes)
+        text += markdown_table(table)
     return "\n".join(text)
+
+
+def markdown_table(table: Table) -> list[str]:
+    lines = [f"## {table.title}", "", _line(table.header), _line(["---"] * len(table.header))]
+    lines += [_line(cells) for cells in table.cells] + [""]
+    return lines + [f"- {note}" for note in table.notes] + [""] * bool(table.notes)
 
 
 def _line(cells: Sequence[str]) -> str:

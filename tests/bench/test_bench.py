@@ -23,6 +23,7 @@ from bench import (  # noqa: E402
     encoder,
     machine,
     measure,
+    medians,
     registry,
     report,
     rows,
@@ -676,6 +677,32 @@ def _forbidden(text: str) -> list[str]:
     """Names of this machine that must not stand in a result."""
     names = [str(ROOT), str(Path.home()) + os.sep, sys.prefix]
     return [name for name in names if len(name) > 2 and name in text]
+
+
+def test_medians_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(name: str, measured: float | None, machine: str = "m") -> str:
+        verdict = "not measurable" if measured is None else "missed"
+        path = tmp_path / name
+        path.write_text(
+            json.dumps(
+                {
+                    "family": "int8_gemm",
+                    "options": {"threads": 1},
+                    "machine": {"name": machine, "cpu": "CPU", "isa": "avx512"},
+                    "bars": [{"key": "int8-compute", "measured": measured, "status": verdict}],
+                }
+            )
+        )
+        return str(path)
+
+    runs = [run("a", 0.85), run("b", 0.95), run("c", 0.88), run("d", None)]
+    assert medians.main(runs) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "geometric mean of the fraction" in line)
+    assert line.split(" | ")[1:] == [">= 0.92", "0.88", "0.85 / 0.95 / 0.88", "met within noise |"]
+    assert medians.main([runs[0], run("other", 0.9, machine="n")]) == 2
+    assert "run 2 has machine 'n', the first has 'm'" in capsys.readouterr().err
+    assert medians.main([str(tmp_path / "none")]) == 2
+    assert "none" in capsys.readouterr().err
 
 
 def test_quick_run_of_a_family_file(tmp_path: Path) -> None:
