@@ -121,6 +121,9 @@ ScalarType float_type_of_y(const LinearInputs& in, bool x_codes) {
 
 CheckedLinear check_linear(const LinearInputs& in) {
   const Tensor &x = in.x, &weight = in.weight, &weight_scale = in.weight_scale;
+  check_given(kLinear, "x", x);
+  check_given(kLinear, "weight", weight);
+  check_given(kLinear, "weight_scale", weight_scale);
   const bool x_codes = x.scalar_type() == ScalarType::Char;
   if (!x_codes && x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::BFloat16 &&
       x.scalar_type() != ScalarType::Half)
@@ -142,7 +145,13 @@ CheckedLinear check_linear(const LinearInputs& in) {
   const auto* pack = static_cast<const uint8_t*>(weight.const_data_ptr());
   if (x.is_cpu()) {
     const std::string error = vnni16::header_error(pack, weight.numel(), n, k);
-    if (!error.empty()) fail(kLinear, "weight must be a vnni16 pack that matches x and weight_scale: " + error);
+    if (!error.empty()) {
+      const int64_t packed = vnni16::packed_k(pack, weight.numel(), n);
+      if (packed >= 0)
+        fail(kLinear, "x must have K=" + std::to_string(packed) + " columns to match the packed weight, got " +
+                          shape_of("x", x));
+      fail(kLinear, "weight must be a vnni16 pack that matches x and weight_scale: " + error);
+    }
   } else if (weight.numel() != vnni16::pack_bytes(n, k)) {  // the header is in device memory; its size is not
     fail(kLinear, "weight must be a vnni16 pack of [N=" + std::to_string(n) + ", K=" + std::to_string(k) + "], " +
                       std::to_string(vnni16::pack_bytes(n, k)) + " bytes, got " + std::to_string(weight.numel()));

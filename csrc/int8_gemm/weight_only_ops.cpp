@@ -56,6 +56,7 @@ u4::Layout device_layout(const Tensor& weight, int64_t n, int64_t k, const std::
 // n: what the caller says N is, or -1; pack_n, pack_k: what the weight says.
 Checked check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& weight_scale, int64_t n,
               const std::optional<Tensor>& bias, int64_t activation) {
+  check_given(kOp, "weight", weight);
   const DType dtype = float_dtype(kOp, "x", x);
   const int64_t dims = x.dim();
   if (dims < 1) fail(kOp, "x must have at least one dimension, got x[]");
@@ -74,9 +75,12 @@ Checked check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
                                   ? ""
                                   : "got " + std::to_string(weight.numel()) + " bytes, expected " +
                                         std::to_string(vnni16::pack_bytes(pack_n, k)) + " for " + sides(pack_n, k);
-    if (!error.empty())
-      fail(kOp,
-           "weight must be a vnni16 pack that matches x and weight_scale (a u4 pack has its own scales): " + error);
+    if (!error.empty()) {
+      pack_k = x.is_cpu() ? vnni16::packed_k(pack, weight.numel(), pack_n) : -1;
+      if (pack_k < 0)
+        fail(kOp,
+             "weight must be a vnni16 pack that matches x and weight_scale (a u4 pack has its own scales): " + error);
+    }
   } else {
     u4::Layout layout{};
     std::string error;

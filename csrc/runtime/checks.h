@@ -69,6 +69,11 @@ inline std::string device_name(const Tensor& t) {
   return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
 }
 
+// None in the place of a tensor comes as an undefined one, which can be asked nothing else.
+inline void check_given(const char* op, const char* name, const Tensor& t) {
+  if (!t.defined()) fail(op, std::string(name) + " must be a tensor, got None");
+}
+
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
   const bool cpu = t.is_cpu();
   if (cpu != x.is_cpu() || (!cpu && t.get_device_index() != x.get_device_index()))
@@ -76,6 +81,7 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
 }
 
 inline void check_cpu(const char* op, const char* name, const Tensor& t) {
+  check_given(op, name, t);
   if (!t.is_cpu()) fail(op, std::string(name) + " must be on the CPU, got a tensor on " + device_name(t));
 }
 

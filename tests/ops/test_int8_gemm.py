@@ -1235,7 +1235,7 @@ def linear_k(k: int, **rest: Any) -> Callable[[], Any]:
     return lambda: ops.int8_linear(torch.zeros(1, k), pack, torch.ones(1), **rest)
 
 
-def mm(a: Tensor, b: Tensor) -> Callable[[], Any]:
+def mm(a: Tensor, b: Any) -> Callable[[], Any]:
     return lambda: ops.int8_mm(a, b)
 
 
@@ -1269,6 +1269,14 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
     "x float64": (linear(x=X.double()), "int8_linear: x must be float32, bfloat16, float16 or int8", "got float64"),
     "x uint8": (linear(x=X.byte()), "int8_linear: x must be float32, bfloat16, float16 or int8", "got uint8"),
     "x int8 without a scale": (linear(x=X.char()), "int8_linear: x_scale must be given with an int8 x", "got none"),
+    "x None": (linear(x=None), "int8_linear: x must be a tensor", "got NoneType"),
+    "x list": (linear(x=[1.0]), "int8_linear: x must be a tensor", "got list"),
+    "weight None": (linear(weight=None), "int8_linear: weight must be a tensor", "got None"),
+    "weight_scale None": (linear(weight_scale=None), "int8_linear: weight_scale must be a tensor", "got NoneType"),
+    "weight_scale float": (linear(weight_scale=0.5), "int8_linear: weight_scale must be a tensor", "got float"),
+    "bias list": (linear(bias=[0.0]), "int8_linear: bias must be a tensor", "got list"),
+    "residual float": (linear(residual=1.0), "int8_linear: residual must be a tensor", "got float"),
+    "x None, no gradients": (torch.no_grad()(linear(x=None)), "int8_linear: x must be a tensor", "got None"),
     "x scalar": (linear(x=torch.tensor(1.0)), "int8_linear: x must have at least one dimension", "got x[]"),
     "weight_scale matrix": (
         linear(weight_scale=torch.ones(N, 1)),
@@ -1303,8 +1311,8 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
     "weight block": (linear(weight=edited(PACK, block=8)), MATCHES, "got dtype code 1 and block 8, expected 1 and 16"),
     "x columns": (
         linear(x=torch.ones(3, K + 1)),
-        MATCHES,
-        "got a pack of [N=5, K=7], expected [N=5, K=8]",
+        "int8_linear: x must have K=7 columns to match the packed weight",
+        "got x[3, 8]",
     ),
     "weight_scale rows": (
         linear(weight_scale=torch.ones(N + 1)),
@@ -1461,6 +1469,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
         "got x[1, 65794]",
     ),
     # int8_mm
+    "b None": (mm(A, None), "int8_mm: b must be a tensor", "got None"),
     "a uint8": (mm(A.byte(), B), "int8_mm: a must be int8", "got uint8"),
     "b float32": (mm(A, B.float()), "int8_mm: b must be int8", "got float32"),
     "a vector": (mm(A[0], B), "int8_mm: a must be a matrix", "got a[7]"),

@@ -125,4 +125,11 @@ std::string header_error(const uint8_t* pack, int64_t bytes, int64_t n, int64_t 
   return "";
 }
 
+int64_t packed_k(const uint8_t* pack, int64_t bytes, int64_t n) {
+  if (bytes < kHeaderBytes) return -1;
+  PackHeader h;
+  std::memcpy(&h, pack, sizeof h);
+  return header_error(pack, bytes, n, h.k).empty() ? h.k : -1;
+}
+
 }  // namespace fs::vnni16

@@ -45,5 +45,8 @@ void unpack(const uint8_t* pack, int64_t n, int64_t k, int8_t* weight);
 // Reads the header alone.
 std::string header_error(const uint8_t* pack, int64_t bytes, int64_t n, int64_t k);
 
+// The k of a vnni16 v1 pack of n outputs, -1 if it is none: after an error, whether x alone does not fit.
+int64_t packed_k(const uint8_t* pack, int64_t bytes, int64_t n);
+
 }  // namespace vnni16
 }  // namespace fs

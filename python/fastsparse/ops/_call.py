@@ -17,3 +17,10 @@ def eager(op: OpOverload) -> Callable[..., Tensor]:
     """
     call: Callable[..., Any] = op._op
     return call
+
+
+def no_tensor(op: str, **arguments: Any) -> ValueError:
+    """The error of `op` where one of these is no tensor; those that may be None come last."""
+    wrong = [(name, value) for name, value in arguments.items() if not isinstance(value, Tensor)]
+    name, value = max(wrong, key=lambda each: each[1] is not None)  # the first of them
+    return ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")

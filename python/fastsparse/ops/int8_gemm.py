@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from fastsparse.ops._call import eager
+from fastsparse.ops._call import eager, no_tensor
 from fastsparse.ops._pack import read_header
 
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
@@ -86,12 +86,15 @@ def int8_linear(
         raise ValueError(
             f"int8_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
         ) from None
-    wants_grad = is_grad_enabled() and (
-        x.requires_grad
-        or weight_scale.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    )
+    try:
+        wants_grad = is_grad_enabled() and (
+            x.requires_grad
+            or weight_scale.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
+    except AttributeError:
+        raise no_tensor("int8_linear", x=x, weight_scale=weight_scale, bias=bias, residual=residual) from None
     plain = x_scale is None and x_zero_point is None and residual is None and y_scale is None and y_zero_point is None
     if plain and dtype is None and not wants_grad:
         if is_dynamo_compiling():
@@ -201,9 +204,14 @@ def weight_only_linear(
         ) from None
     n = -1 if out_features is None else out_features
     if torch.is_grad_enabled():
-        if weight_scale is not None and weight_scale.requires_grad:
+        try:
+            wants_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+            scale_wants_grad = weight_scale is not None and weight_scale.requires_grad
+        except AttributeError:
+            raise no_tensor("weight_only_linear", x=x, weight_scale=weight_scale, bias=bias) from None
+        if scale_wants_grad:
             raise ValueError("weight_only_linear: weight_scale must not require a gradient: there is none for it")
-        if x.requires_grad or (bias is not None and bias.requires_grad):
+        if wants_grad:
             return _ACTIVATE[code](_weight_only_linear_train(x, weight, weight_scale, n, bias))
     call = _weight_only_linear if is_compiling() else _weight_only_linear_now
     return call(x, weight, weight_scale, n, bias, code)
