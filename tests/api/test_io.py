@@ -17,8 +17,8 @@ from torch import nn
 
 import fastsparse
 from fastsparse import ops
-from fastsparse.nn import Int8Linear
-from tests.support import asks_for_huge_pages
+from fastsparse.nn import Int8Linear, WeightOnlyLinear
+from tests.support import asks_for_huge_pages, forced, isa_levels
 
 
 class Block(nn.Module):
@@ -197,6 +197,34 @@ def test_a_loaded_model_saves_the_same_bytes(path, whole):
     model = fastsparse.load(path, dense_net(1))
     fastsparse.save(model, path)
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("saved", isa_levels())
+def test_a_file_of_one_level_is_that_of_any_other(path, saved):
+    dense = nn.Sequential(nn.Linear(19, 37), nn.Linear(37, 50), nn.Linear(50, 33), nn.Linear(33, 5))
+
+    def convert(model):
+        return nn.Sequential(
+            Int8Linear.from_linear(model[0], "gelu"),
+            WeightOnlyLinear.from_linear(model[1], activation="silu"),
+            WeightOnlyLinear.from_linear(model[2], 4, 32),
+            WeightOnlyLinear.from_linear(model[3], 4, 64, symmetric=False),
+        )
+
+    with forced(saved):
+        model = convert(dense)
+        fastsparse.save(model, path)
+        wanted = model(X)
+    state, data = model.state_dict(), path.read_bytes()
+    for loaded in isa_levels():
+        with forced(loaded):
+            model = fastsparse.load(path, copy.deepcopy(dense))
+            assert torch.equal(model(X), wanted)
+            other = convert(dense)
+            other.load_state_dict(state)
+            assert torch.equal(other(X), wanted)
+            fastsparse.save(convert(dense), path.with_name("other"))
+            assert path.with_name("other").read_bytes() == data
 
 
 def test_bias_keeps_the_gradient_flag_of_the_dense_layer(path):
