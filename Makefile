@@ -47,6 +47,9 @@ gpu-check:
 
 bench: $(VENV)/.built $(VENV)/.peers
 	$(BIN)/python -m bench --family $(FAMILY)
+ifeq ($(FAMILY),int8_gemm)  # its bars end with those of a whole model
+	$(BIN)/python -m bench.encoder
+endif
 
 bench-encoder: $(VENV)/.built $(VENV)/.peers
 	$(BIN)/python -m bench.encoder
