@@ -1334,6 +1334,21 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
         "int8_linear: weight_scale must be float32",
         "got float64",
     ),
+    "weight_scale with a gradient": (
+        linear(weight_scale=torch.ones(N, requires_grad=True)),
+        "int8_linear: weight_scale must not require a gradient",
+        "",
+    ),
+    "x_scale with a gradient": (
+        linear(x_scale=torch.ones((), requires_grad=True)),
+        "int8_linear: x_scale must not require a gradient",
+        "",
+    ),
+    "y_scale with a gradient": (
+        linear(y_scale=torch.ones((), requires_grad=True)),
+        "int8_linear: y_scale must not require a gradient",
+        "",
+    ),
     "weight_scale NaN": (linear(weight_scale=spoiled(4, NAN)), "int8_linear: weight_scale must be finite", "NaN"),
     "weight_scale inf": (linear(weight_scale=spoiled(0, INF)), "int8_linear: weight_scale must be finite", "infinity"),
     "weight_scale -inf": (

@@ -108,12 +108,13 @@ def int8_linear(
     x_scale, y_scale = _as_scale("x_scale", x_scale), _as_scale("y_scale", y_scale)
     x_zero_point = _as_zero_point("x_zero_point", x_zero_point)
     y_zero_point = _as_zero_point("y_zero_point", y_zero_point)
-    if wants_grad:
-        if weight_scale.requires_grad:
-            raise ValueError("int8_linear: weight_scale must not require a gradient: there is none for it")
-        if y_scale is None:
-            y = _int8_linear_train(x, weight, weight_scale, bias, x_scale, x_zero_point, residual, y_dtype)
-            return _ACTIVATE[code](y)
+    if is_grad_enabled():
+        for name, scale in (("weight_scale", weight_scale), ("x_scale", x_scale), ("y_scale", y_scale)):
+            if scale is not None and scale.requires_grad:
+                raise ValueError(f"int8_linear: {name} must not require a gradient: there is none for it")
+    if wants_grad and y_scale is None:
+        y = _int8_linear_train(x, weight, weight_scale, bias, x_scale, x_zero_point, residual, y_dtype)
+        return _ACTIVATE[code](y)
     return _int8_linear(
         x, weight, weight_scale, bias, code, x_scale, x_zero_point, residual, y_scale, y_zero_point, y_dtype
     )
