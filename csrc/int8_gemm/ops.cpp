@@ -15,6 +15,7 @@
 #include "../runtime/cuda/torch_stream.h"
 #include "cuda/sm80.h"
 #endif
+#include "../runtime/finite.h"
 #include "formats/vnni16.h"
 #include "int8_gemm.h"
 #include "select.h"
@@ -24,18 +25,6 @@ namespace {
 
 constexpr const char* kLinear = "int8_linear";
 constexpr const char* kMm = "int8_mm";
-
-// All exponent bits set: an infinity or a NaN. As integers, so that the compiler makes vectors of it.
-bool all_finite(const float* p, int64_t n) {
-  uint32_t worst = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, p + i, 4);
-    bits &= 0x7fffffff;
-    worst = bits > worst ? bits : worst;
-  }
-  return worst < 0x7f800000;
-}
 
 // A tensor of one element on the CPU, whatever device x is on: the launcher needs its value.
 const void* scalar(const char* op, const char* name, const Tensor& t, ScalarType wanted) {

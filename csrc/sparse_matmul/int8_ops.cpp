@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "../runtime/checks.h"
+#include "../runtime/finite.h"
 #include "formats/bitmap_s8.h"
 #include "formats/blocks_s8.h"
 #include "formats/windows_s8.h"
@@ -59,18 +60,6 @@ std::string read_pack(const uint8_t* bytes, int64_t size, bool validated, Weight
       return (validated ? blocks_s8::validate : blocks_s8::view)(h, bytes, size, &out->blocks);
   }
   return "got format " + std::to_string(h.format) + ", expected 11 (bitmap_s8), 12 (blocks_s8) or 16 (windows_s8)";
-}
-
-// All exponent bits set: an infinity or a NaN. As integers, so that the compiler makes vectors of it.
-bool all_finite(const float* p, int64_t n) {
-  uint32_t worst = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, p + i, 4);
-    bits &= 0x7fffffff;
-    worst = bits > worst ? bits : worst;
-  }
-  return worst < 0x7f800000;
 }
 
 Tensor linear_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, int64_t activation) {

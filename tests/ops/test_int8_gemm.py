@@ -1553,6 +1553,19 @@ def test_bad_input(case: str) -> None:
     assert "/" not in message, "no path of the build in a user's message"
 
 
+def test_linear_finds_any_scale_that_is_not_finite() -> None:
+    n = 37  # more than are looked at side by side, and a remainder
+    pack, x = ops.pack(s8(n, K)), torch.ones(1, K)
+    largest = torch.finfo(torch.float32).max
+    for i in range(n):
+        for bad in (NAN, -NAN, INF, -INF):
+            scale = torch.full((n,), -largest)
+            ops.int8_linear(x, pack, scale)
+            scale[i] = bad
+            with pytest.raises(ValueError, match="weight_scale must be finite"):
+                ops.int8_linear(x, pack, scale)
+
+
 @pytest.mark.parametrize(
     "argument", ["weight", "weight_scale", "bias", "x_scale", "x_zero_point", "residual", "y_scale", "y_zero_point"]
 )
