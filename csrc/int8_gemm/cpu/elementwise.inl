@@ -46,18 +46,31 @@ inline void write_codes(const T* x, uint8_t* row, int64_t block_stride, int64_t 
       });
 }
 
+// Rows whose scales are computed before any of their codes: what comes after a row's last maximum, two divisions among
+// it, is hidden behind the next row. So many as stay in L1.
+constexpr int kRowsAhead = 8;
+constexpr int64_t kRowsAheadBytes = 16 << 10;
+
 template <class T>
 void quantize_dynamic(const QuantizeArgs& a) {
   using S = Simd;
-  for (int64_t r = 0; r < a.rows; ++r) {
-    const T* x = static_cast<const T*>(a.x) + r * a.x_stride;
-    uint8_t* row = a.panel + r * kRowStride;
-    if (!row_scale(absmax_bits(x, a.k), a.scale + r)) {  // the whole row of y becomes NaN
-      write_codes(x, row, a.block_stride, a.k, [](S::F) { return S::set1_s32(0); });
-      continue;
+  const int64_t fit = kRowsAheadBytes / static_cast<int64_t>(sizeof(T)) / (a.k > 0 ? a.k : 1);
+  const int64_t step = fit < 1 ? 1 : fit > kRowsAhead ? kRowsAhead : fit;
+  for (int64_t begin = 0; begin < a.rows; begin += step) {
+    const int64_t end = begin + step < a.rows ? begin + step : a.rows;
+    bool finite[kRowsAhead];
+    const T* x = static_cast<const T*>(a.x);
+    for (int64_t r = begin; r < end; ++r)
+      finite[r - begin] = row_scale(absmax_bits(x + r * a.x_stride, a.k), a.scale + r);
+    for (int64_t r = begin; r < end; ++r) {
+      uint8_t* row = a.panel + r * kRowStride;
+      if (!finite[r - begin]) {  // the whole row of y becomes NaN
+        write_codes(x + r * a.x_stride, row, a.block_stride, a.k, [](S::F) { return S::set1_s32(0); });
+        continue;
+      }
+      const S::F inverse = S::set1(1.0f / a.scale[r]);
+      write_codes(x + r * a.x_stride, row, a.block_stride, a.k, [=](S::F v) { return dynamic_code(v, inverse); });
     }
-    const S::F inverse = S::set1(1.0f / a.scale[r]);
-    write_codes(x, row, a.block_stride, a.k, [=](S::F v) { return dynamic_code(v, inverse); });
   }
 }
 
