@@ -230,29 +230,59 @@ void tile_many(const TileArgs& t) {
   store(sums, t.acc);
 }
 
-// y = act(fma(sum, x_scale * weight_scale, bias)); scales and bias are read again for each row, the sums hold the
-// registers. Inlined whatever the compiler thinks of it: a call would lay the sums on the stack.
+// What a tile of many rows ends in: y = act(fma(sum, x_scale * weight_scale, bias)). Of the caller's arguments copies,
+// which stores to y cannot change.
+struct TileResult {
+  const float *x_scale, *weight_scale, *bias;
+  float* y;
+  int64_t y_stride;
+};
+
+template <int kVecs>
+struct Floats {
+  Floats<kVecs - 1> rest;
+  __m512 v;
+};
+template <>
+struct Floats<0> {};
+
+[[gnu::always_inline]] inline void load(Floats<0>&, const float*) {}
+template <int kVecs>
+[[gnu::always_inline]] inline void load(Floats<kVecs>& f, const float* p) {
+  load(f.rest, p);
+  f.v = _mm512_loadu_ps(p + 16 * (kVecs - 1));
+}
+
 template <bool kRelu>
-inline void finish(const Vecs<0>&, __m512, const EpilogueArgs&, const float*, float*) {}
+[[gnu::always_inline]] inline void finish(const Vecs<0>&, __m512, const Floats<0>&, const Floats<0>&, float*) {}
 template <bool kRelu, int kVecs>
-__attribute__((always_inline)) inline void finish(const Vecs<kVecs>& s, __m512 x_scale, const EpilogueArgs& e,
-                                                  const float* bias, float* y) {
-  finish<kRelu>(s.rest, x_scale, e, bias, y);
-  constexpr int j = 16 * (kVecs - 1);
+[[gnu::always_inline]] inline void finish(const Vecs<kVecs>& s, __m512 x_scale, const Floats<kVecs>& weight_scale,
+                                          const Floats<kVecs>& bias, float* y) {
+  finish<kRelu>(s.rest, x_scale, weight_scale.rest, bias.rest, y);
   __m512i sum = s.v;
   asm("" : "+v"(sum));  // else gcc 12 keeps a copy of all sums in memory through the whole loop
-  const __m512 scale = _mm512_mul_ps(x_scale, _mm512_loadu_ps(e.weight_scale + j));
-  __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(bias + j));
+  __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(x_scale, weight_scale.v), bias.v);
   if constexpr (kRelu) v = activate<fs::Activation::relu>(v);
-  _mm512_storeu_ps(y + j, v);
+  _mm512_storeu_ps(y + 16 * (kVecs - 1), v);
 }
+
+// Scales and bias of the columns come to registers once two rows are done: before, the sums hold them all.
 template <bool kRelu, int kVecs>
-inline void finish(const Sums<0, kVecs>&, const EpilogueArgs&, const float*, float*) {}
+[[gnu::always_inline]] inline void finish(const Sums<0, kVecs>&, TileResult& t, Floats<kVecs>& weight_scale,
+                                          Floats<kVecs>& bias) {
+  load(weight_scale, t.weight_scale);
+  load(bias, t.bias);
+}
 template <bool kRelu, int kCount, int kVecs>
-__attribute__((always_inline)) inline void finish(const Sums<kCount, kVecs>& s, const EpilogueArgs& e,
-                                                  const float* bias, float* y) {
-  finish<kRelu>(s.above, e, bias, y);
-  finish<kRelu>(s.row, _mm512_set1_ps(e.x_scale[kCount - 1]), e, bias, y + (kCount - 1) * e.y_stride);
+[[gnu::always_inline]] inline void finish(const Sums<kCount, kVecs>& s, TileResult& t, Floats<kVecs>& weight_scale,
+                                          Floats<kVecs>& bias) {
+  finish<kRelu>(s.above, t, weight_scale, bias);
+  finish<kRelu>(s.row, _mm512_set1_ps(t.x_scale[kCount - 1]), weight_scale, bias, t.y + (kCount - 1) * t.y_stride);
+  if constexpr (kCount <= 2) {
+    asm volatile("" : "+r"(t.weight_scale), "+r"(t.bias) : : "memory");  // what follows is not to be loaded before
+    load(weight_scale, t.weight_scale);
+    load(bias, t.bias);
+  }
 }
 
 // Without a bias -0.0 is added, as in elementwise.inl.
@@ -261,10 +291,14 @@ alignas(64) constexpr float kNoBias[kManyColumns] = {
     -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f};
 
 template <int kCount, int kVecs, bool kPrefetch, bool kRelu>
-void tile_many_to_y(const TileArgs& t, const EpilogueArgs& e) {
+[[gnu::noinline]] void tile_many_to_y(const TileArgs& t, const EpilogueArgs& e) {
   Sums<kCount, kVecs> sums;
   multiply_many<kPrefetch>(t, sums);
-  finish<kRelu>(sums, e, e.bias ? e.bias : kNoBias, static_cast<float*>(e.y));
+  const float* bias_at = e.bias ? e.bias : kNoBias;
+  asm("" : "+r"(bias_at));  // a pointer to read from in both cases: gcc 12 spills where it knows the values of one
+  TileResult result{e.x_scale, e.weight_scale, bias_at, static_cast<float*>(e.y), e.y_stride};
+  Floats<kVecs> weight_scale, bias;
+  finish<kRelu>(sums, result, weight_scale, bias);
 }
 
 // Few rows: one or two sets of sums.
