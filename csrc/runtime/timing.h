@@ -1,5 +1,6 @@
 // The kernel's own time, for every family's timing.cpp.
 #pragma once
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 
@@ -13,6 +14,13 @@ inline AlignedBytes allocate_pack(int64_t bytes) {
   AlignedBytes pack = allocate_aligned(static_cast<size_t>(bytes));
   advise_huge_pages(pack.get(), bytes);
   return pack;
+}
+
+// Floats where torch would put a tensor's: vectors that cross cache lines are slower.
+inline AlignedBytes allocate_floats(int64_t count, float value) {
+  AlignedBytes bytes = allocate_aligned(static_cast<size_t>(count) * sizeof(float));
+  std::fill_n(reinterpret_cast<float*>(bytes.get()), count, value);
+  return bytes;
 }
 
 // Seconds a call: calls(count) makes so many; `warm` of them come first and are not counted.

@@ -20,18 +20,20 @@ double time_int8_linear(int64_t m, int64_t n, int64_t k, int64_t repeats, int64_
     packs.push_back(allocate_pack(vnni16::pack_bytes(n, k)));
     vnni16::pack(weight.data(), k, 1, n, k, packs.back().get());
   }
-  std::vector<float> x(size(m * k)), scale(size(n), 0.01f), bias(size(n), 0.5f), y(size(m * n));
-  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 1009) - 500.0f;
+  const AlignedBytes x = allocate_floats(m * k, 0.0f), y = allocate_floats(m * n, 0.0f);
+  const AlignedBytes scale = allocate_floats(n, 0.01f), bias = allocate_floats(n, 0.5f);
+  auto* values = reinterpret_cast<float*>(x.get());
+  for (int64_t i = 0; i < m * k; ++i) values[i] = static_cast<float>(i % 1009) - 500.0f;
   int8_gemm::LinearArgs args{};
-  args.x = x.data();
+  args.x = x.get();
   args.x_stride = k;
   args.m = m;
   args.n = n;
   args.k = k;
-  args.weight_scale = scale.data();
-  args.bias = bias.data();
+  args.weight_scale = reinterpret_cast<const float*>(scale.get());
+  args.bias = reinterpret_cast<const float*>(bias.get());
   args.dynamic = true;
-  args.y = y.data();
+  args.y = y.get();
   const int8_gemm::Kernels& kernels = int8_gemm::select();
   const auto run = [&](int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
