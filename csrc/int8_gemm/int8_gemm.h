@@ -88,7 +88,7 @@ struct PackArgs {
   int32_t* column_sum;   // [columns]: added to
 };
 
-// acc[r * kMaxTileColumns + j] = -offset * column_sum[j] + sum_k A(r, k) * W(j, k), for r < rows, j < columns.
+// acc[r * acc_stride + j] = -offset * column_sum[j] + sum_k A(r, k) * W(j, k), for r < rows, j < columns.
 // With offset = panel_offset + zero_point this is the sum over (x_q - zero_point): the compensation costs nothing.
 struct TileArgs {
   const uint8_t* panel;  // row 0 of the tile, block 0
@@ -103,6 +103,7 @@ struct TileArgs {
   const int32_t* start;  // [columns], as enter() wrote it
   int64_t k_steps;       // Kp / 4
   int32_t* acc;
+  int64_t acc_stride;      // elements; kMaxTileColumns, or any where strided_sums says so
   bool in_l2;              // the whole weight fits L2
   int64_t prefetch_ahead;  // > 0: weights are prefetched so many bytes ahead of their use (few rows, from L3 or DRAM)
   int64_t prefetch_pages;  // > 0: in the place of that, the beginnings of pages so many pages ahead (one or two rows)
@@ -110,6 +111,7 @@ struct TileArgs {
   int64_t prefetch_bytes;
   const char* y;     // not null: where row 0 of the result goes; many rows bring its lines meanwhile, to be written
   int64_t y_stride;  // bytes
+  bool y_late;       // after three quarters of the tile's first block, not at once
 };
 
 struct EpilogueArgs {
@@ -155,7 +157,8 @@ struct Kernels {
   // tile() and epilogue() in one, to the same bits, the sums never leaving the registers. False: nothing was done, this
   // tile or this epilogue is none of those that it knows. Null: it knows none.
   bool (*tile_to_y)(const TileArgs&, const EpilogueArgs&);
-  bool whole_row = false;  // a tile of one row takes any number of columns at once
+  bool whole_row = false;     // a tile of one row takes any number of columns at once
+  bool strided_sums = false;  // tiles of more than few_rows write rows of acc as far apart as acc_stride says
 };
 
 // One per ISA file (cpu/<level>.cpp).

@@ -89,6 +89,10 @@ int64_t prefetch_pages(int64_t n, int64_t k) { return !in_l2(n, k) && isa::zen4(
 // Zen 4, a result beyond L2: 512 x 768 x 3072 5820 us with, 6710 us without; one within L2 loses nothing.
 bool prefetch_result() { return isa::amd(); }
 
+// Zen 5, three quarters against at once: 0.8 to 1.2% at K = 384 and 768, 64 to 512 rows, nothing at 4096; Zen 4 is too
+// late from the middle on.
+bool prefetch_result_late() { return !isa::zen4(); }
+
 // Few rows are what the op is for; more come in chunks whose codes stay in L2.
 int64_t weight_only_rows(const Kernels& kernels, int64_t m) {
   const int64_t tallest = 4 * kernels.weight_only->max_rows;

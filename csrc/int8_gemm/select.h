@@ -55,5 +55,6 @@ int64_t weight_only_prefetch_pages(int64_t weight_bytes);
 
 // True: tiles of many rows bring the lines of their result to be written, so that stores do not wait for them.
 bool prefetch_result();
+bool prefetch_result_late();  // not at a tile's start, where the last one's stores are still on their way
 
 }  // namespace fs::int8_gemm

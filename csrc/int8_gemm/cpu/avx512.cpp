@@ -12,7 +12,7 @@
 //          are in L2. One row: the read bandwidth of the level the weights lie in.
 // Prefetch of weights beyond L2 alone: the next column panel comes to L2 (prefetcht1) evenly under the current one;
 //          few rows ask for 1 KB ahead (prefetcht0), or for the beginnings of pages (prefetcht1), or for nothing:
-//          select.cpp. The lines of y come at a tile's start, to be written at its end.
+//          select.cpp. The lines of y come at a tile's start or later, to be written at its end.
 // Measured docs/kernels/int8_gemm.md
 #include "../../runtime/simd/avx512.h"
 
@@ -175,11 +175,11 @@ template <int kCount, int kVecs>
 }
 
 template <int kVecs>
-[[gnu::always_inline]] inline void store(const Sums<0, kVecs>&, int32_t*) {}
+[[gnu::always_inline]] inline void store(const Sums<0, kVecs>&, int32_t*, int64_t) {}
 template <int kCount, int kVecs>
-[[gnu::always_inline]] inline void store(const Sums<kCount, kVecs>& s, int32_t* acc) {
-  store(s.above, acc);
-  store(s.row, acc + (kCount - 1) * kMaxTileColumns);
+[[gnu::always_inline]] inline void store(const Sums<kCount, kVecs>& s, int32_t* acc, int64_t stride = kMaxTileColumns) {
+  store(s.above, acc, stride);
+  store(s.row, acc + (kCount - 1) * stride);
 }
 
 constexpr int64_t kBlockSteps = kBlockBytes / kStepK;
@@ -187,6 +187,12 @@ constexpr int64_t kStepBytes = kPanelColumns * kStepK;  // of weights, per colum
 
 // For writing. By mnemonic: the intrinsic wants a flag, and a CPU without the feature takes it for a no-op.
 [[gnu::always_inline]] inline void prefetch_to_write(const char* p) { asm volatile("prefetchw %0" : : "m"(*p)); }
+
+// The step of so many from which `rows` more are asked for late, but all of them.
+[[gnu::always_inline]] inline int64_t late_in(int64_t steps, int64_t rows) {
+  const int64_t late = steps * 3 / 4, last = steps < rows ? 0 : steps - rows;
+  return late < last ? late : last;
+}
 
 // Many rows; kPrefetch: the next column panel comes to L2 under this one, `ahead` bytes a step.
 template <bool kPrefetch, int kCount, int kVecs>
@@ -210,16 +216,21 @@ __attribute__((always_inline)) inline void multiply_many(const TileArgs& t, Sums
   const char* y = t.y;
   for (int64_t left = t.k_steps; left > 0; left -= kBlockSteps, block += t.block_stride) {
     const uint8_t* a = block;
-    const uint8_t* end = a + kStepK * (left < kBlockSteps ? left : kBlockSteps);
-    if (y != nullptr) {  // a row of it a step: all at once would hold up the loads
+    const int64_t steps = left < kBlockSteps ? left : kBlockSteps;
+    const uint8_t* end = a + kStepK * steps;
+    const uint8_t* stop = y == nullptr ? end : t.y_late ? a + kStepK * late_in(steps, kCount) : a;
+    for (;;) {
+      for (; a != stop; a += kStepK) one_step(a);
+      if (a == end) break;
+      // A row of y a step: all at once would hold up the loads.
       for (int row = 0; row < kCount && a != end; ++row, y += t.y_stride, a += kStepK) {
         prefetch_to_write(y);
         prefetch_to_write(y + 64);
         one_step(a);
       }
-      y = nullptr;
+      stop = end;
     }
-    for (; a != end; a += kStepK) one_step(a);
+    y = nullptr;
   }
 }
 
@@ -227,7 +238,7 @@ template <int kCount, int kVecs, bool kPrefetch>
 void tile_many(const TileArgs& t) {
   Sums<kCount, kVecs> sums;
   multiply_many<kPrefetch>(t, sums);
-  store(sums, t.acc);
+  store(sums, t.acc, t.acc_stride);
 }
 
 // What a tile of many rows ends in: y = act(fma(sum, x_scale * weight_scale, bias)). Of the caller's arguments copies,
@@ -562,4 +573,5 @@ const Kernels fs::int8_gemm::kAvx512 = {"avx512",
                                         nullptr,
                                         &weight_only,
                                         &tile_to_y,
+                                        true,
                                         true};

@@ -74,11 +74,13 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
   t.offset = offset;
   t.k_steps = vnni16::padded_k(w.k) / kStepK;
   t.acc = s.acc;
+  t.acc_stride = kMaxTileColumns;
   t.in_l2 = in_l2(w.n, w.k);
   t.prefetch_ahead = prefetch_ahead(w.n, w.k);
   t.prefetch_pages = prefetch_pages(w.n, w.k);
   t.y = nullptr;
   t.y_stride = y.row_bytes;
+  t.y_late = prefetch_result_late();
   const bool prefetch_y = prefetch_result();
   for (int64_t n = n_begin; n < n_end; n += width) {
     const int64_t columns = std::min(width, n_padded - n);
@@ -248,9 +250,16 @@ void matmul(const Kernels& kernels, const MatmulArgs& args) {
         const Result c{args.c + m * args.n + n0, args.n * 4, 4};
         for_each_tile(kernels, s, rows, w, 0, n1 - n0, kernels.panel_offset, c,
                       [&](const TileArgs& t, int64_t row, int64_t n, int64_t columns) {
+                        int32_t* to = args.c + (m + row) * args.n + n0 + n;
+                        if (kernels.strided_sums && t.rows > kernels.few_rows && columns == t.columns) {
+                          TileArgs direct = t;
+                          direct.acc = to;
+                          direct.acc_stride = args.n;
+                          return kernels.tile(direct);
+                        }
                         kernels.tile(t);
                         for (int64_t r = 0; r < t.rows; ++r)
-                          std::memcpy(args.c + (m + row + r) * args.n + n0 + n, s.acc + r * kMaxTileColumns,
+                          std::memcpy(to + r * args.n, s.acc + r * kMaxTileColumns,
                                       static_cast<size_t>(columns) * sizeof(int32_t));
                       });
       }
