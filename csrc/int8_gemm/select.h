@@ -32,8 +32,9 @@ inline constexpr int64_t kTilesToWiden = 5;
 // Rows of x that are quantized and multiplied at a time: the A panel must stay in L2 beside two column panels.
 int64_t chunk_rows(const Kernels& kernels, int64_t m, int64_t k);
 
-// Columns of an unpacked B that int8_mm packs at a time: half of L2.
-int64_t packed_columns(int64_t k);
+// Columns of an unpacked B that int8_mm packs at a time: half of L2; an eighth, so that B passes through L2 beside
+// them, where a chunk holds all rows and no row is widened twice for it.
+int64_t packed_columns(int64_t k, bool one_chunk);
 
 // True: threads share the rows; false: they share the columns and each quantizes all of x.
 bool split_rows(const Kernels& kernels, int64_t m, int64_t n, int64_t k);

@@ -59,10 +59,13 @@ def test_mm_is_exact_round_the_tiles(isa: str, fill: str) -> None:
                 assert torch.equal(got, wanted), (m, n, k, side)
 
 
-# A panel holds 1024 bytes of a row in one block (512 or 1024 k); beyond 128 rows there are several chunks.
+# A panel holds 1024 bytes of a row in one block (512 or 1024 k); beyond 128 rows there are several chunks. B is packed
+# 64 columns and 64 rows at a time, and of a large K not all columns at once.
 BLOCKS = [
     *((7, 33, k) for k in (511, 512, 513, 1023, 1024, 1025, 1030)),
     *((m, 17, 9) for m in (127, 128, 129, 257)),
+    *((9, n, 150) for n in (64, 112, 117, 133)),
+    *((m, 333, 4100) for m in (15, 130)),
 ]
 
 

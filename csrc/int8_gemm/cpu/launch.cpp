@@ -233,9 +233,10 @@ void matmul(const Kernels& kernels, const MatmulArgs& args) {
   const bool by_rows = args.n < kMaxTileColumns * num_threads() && args.m > args.n;
   split(args.m, args.n, args.k, by_rows, [&](int64_t row_begin, int64_t row_end, int64_t n_begin, int64_t n_end) {
     // B comes unpacked: so many columns of it at a time are packed as stay in L2 while all rows meet them.
-    const int64_t block = std::min(packed_columns(args.k), round_up(n_end - n_begin, kPanelColumns));
-    const int64_t cell_bytes = block / kPanelColumns * panel_stride;
     const int64_t chunk = chunk_rows(kernels, row_end - row_begin, args.k);
+    const int64_t block =
+        std::min(packed_columns(args.k, chunk >= row_end - row_begin), round_up(n_end - n_begin, kPanelColumns));
+    const int64_t cell_bytes = block / kPanelColumns * panel_stride;
     const ChunkScratch s(kernels, chunk, args.k, block, cell_bytes + block * 4);
     auto* cells = reinterpret_cast<int8_t*>(s.rest);
     auto* column_sum = reinterpret_cast<int32_t*>(s.rest + cell_bytes);

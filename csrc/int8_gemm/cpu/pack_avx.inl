@@ -1,7 +1,7 @@
 // int8_mm, levels with 256-bit registers: B as it comes into the cells of vnni16, with the sums of its columns.
-// Idea     [K,N]: four rows of 32 columns interleaved by byte and word unpacks, which work in halves of a register, and
-// a
-//          half is 16 columns, a panel. [N,K]: 8 x 8 transposes of words of 4 k. 12 shuffles per 128 bytes, 24 per 256.
+// Idea     [K,N]: four rows of 32 columns (64 with AVX-512, whole lines) interleaved by byte and word unpacks, which
+//          work in parts of a register, and a part is 16 columns, a panel. [N,K]: 8 x 8 transposes of words of 4 k.
+//          12 shuffles per 128 bytes (16 per 256), 24 per 256.
 // Reads    [K,N]: 64 rows at a time across all columns, so that pages and lines are used up before they are left; the
 //          rows behind are prefetched. [N,K]: 16 rows side by side.
 #pragma once
@@ -17,6 +17,7 @@ using fs::int8_gemm::kStepK;
 using fs::int8_gemm::PackArgs;
 
 constexpr int64_t kCellBytes = kPanelColumns * kStepK;
+constexpr int64_t kPackRowsAhead = 64;
 
 inline __m256i load_bytes(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
@@ -45,11 +46,10 @@ struct PanelSums {
 template <int kPanels>
 inline void interleave(const int8_t* b, int64_t stride, int64_t steps, int8_t* cell, int64_t panel_stride,
                        int32_t* column_sum) {
-  constexpr int64_t kRowsAhead = 64;
   PanelSums first(column_sum), second(column_sum + (kPanels - 1) * kPanelColumns);
   const auto row = [&](int64_t i) {
     const int8_t* p = b + i * stride;
-    __builtin_prefetch(p + kRowsAhead * stride);
+    __builtin_prefetch(p + kPackRowsAhead * stride);
     return kPanels == 2 ? load_bytes(p) : _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   };
   for (int64_t s = 0; s < steps; ++s, b += kStepK * stride, cell += kCellBytes) {
@@ -68,6 +68,44 @@ inline void interleave(const int8_t* b, int64_t stride, int64_t steps, int8_t* c
   first.store();
   if constexpr (kPanels == 2) second.store();
 }
+
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+// 64 columns, `steps` times 4 rows: four panels.
+inline void interleave_wide(const int8_t* b, int64_t stride, int64_t steps, int8_t* cell, int64_t panel_stride,
+                            int32_t* column_sum) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sums0 = _mm512_loadu_si512(column_sum), sums1 = _mm512_loadu_si512(column_sum + 16);
+  __m512i sums2 = _mm512_loadu_si512(column_sum + 32), sums3 = _mm512_loadu_si512(column_sum + 48);
+  const auto row = [&](int64_t i) {
+    __builtin_prefetch(b + (i + kPackRowsAhead) * stride);
+    return _mm512_loadu_si512(b + i * stride);
+  };
+  for (int64_t s = 0; s < steps; ++s, b += kStepK * stride, cell += kCellBytes) {
+    const __m512i r0 = row(0), r1 = row(1), r2 = row(2), r3 = row(3);
+    const __m512i low01 = _mm512_unpacklo_epi8(r0, r1), high01 = _mm512_unpackhi_epi8(r0, r1);
+    const __m512i low23 = _mm512_unpacklo_epi8(r2, r3), high23 = _mm512_unpackhi_epi8(r2, r3);
+    // Lane i: four columns of panel i. So the lanes are to be transposed.
+    const __m512i columns0 = _mm512_unpacklo_epi16(low01, low23), columns4 = _mm512_unpackhi_epi16(low01, low23);
+    const __m512i columns8 = _mm512_unpacklo_epi16(high01, high23), columns12 = _mm512_unpackhi_epi16(high01, high23);
+    const __m512i left01 = _mm512_shuffle_i32x4(columns0, columns4, 0x44);
+    const __m512i left23 = _mm512_shuffle_i32x4(columns0, columns4, 0xee);
+    const __m512i right01 = _mm512_shuffle_i32x4(columns8, columns12, 0x44);
+    const __m512i right23 = _mm512_shuffle_i32x4(columns8, columns12, 0xee);
+    const auto put = [&](int64_t panel, __m512i words, __m512i& sums) {
+      _mm512_storeu_si512(cell + panel * panel_stride, words);
+      sums = _mm512_dpbusd_epi32(sums, ones, words);
+    };
+    put(0, _mm512_shuffle_i32x4(left01, right01, 0x88), sums0);
+    put(1, _mm512_shuffle_i32x4(left01, right01, 0xdd), sums1);
+    put(2, _mm512_shuffle_i32x4(left23, right23, 0x88), sums2);
+    put(3, _mm512_shuffle_i32x4(left23, right23, 0xdd), sums3);
+  }
+  _mm512_storeu_si512(column_sum, sums0);
+  _mm512_storeu_si512(column_sum + 16, sums1);
+  _mm512_storeu_si512(column_sum + 32, sums2);
+  _mm512_storeu_si512(column_sum + 48, sums3);
+}
+#endif
 
 // 8 columns x 8 steps; b at the first column, k side by side. `cell` is the half of the first step's cell.
 inline void transpose_words(const int8_t* b, int64_t stride, int8_t* cell, __m256i& sums) {
@@ -104,6 +142,10 @@ void pack(const PackArgs& a) {
       const int8_t* b = a.b + k * a.stride_k;
       int8_t* cell = a.cells + k / kStepK * kCellBytes;
       int64_t n = 0;
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+      for (; n + 4 * kPanelColumns <= a.columns; n += 4 * kPanelColumns, cell += 4 * panel_stride)
+        interleave_wide(b + n, a.stride_k, block_steps, cell, panel_stride, a.column_sum + n);
+#endif
       for (; n + 2 * kPanelColumns <= a.columns; n += 2 * kPanelColumns, cell += 2 * panel_stride)
         interleave<2>(b + n, a.stride_k, block_steps, cell, panel_stride, a.column_sum + n);
       if (n < a.columns) interleave<1>(b + n, a.stride_k, block_steps, cell, panel_stride, a.column_sum + n);
