@@ -13,6 +13,7 @@ struct Lanes {
   static constexpr int kSteps = 2;
   static constexpr bool kXOuter = false;
   static constexpr int kQuadVecs = 2;
+  static constexpr bool kFourWeights = false;
   using V = __m256i;
   struct X {  // where it is read: a memory operand needs no register
     const uint8_t* low;

@@ -12,6 +12,7 @@ struct Lanes {
   static constexpr int kSteps = 1;
   static constexpr bool kXOuter = true;
   static constexpr int kQuadVecs = 2;  // 8 sums, 4 weights, 1 x of 16 registers
+  static constexpr bool kFourWeights = false;
   using V = __m256i;
   using X = __m256i;
   using Weight = __m256i;

@@ -7,6 +7,7 @@
 //   Weight, weight(p)          4 s8 for all rows
 //   X, x(p, stride)            4 codes of kWidth rows, their dwords `stride` bytes apart
 //   dot(sum, x, w)             sum + the 4 products of each row
+//   kFourWeights               1x4: four_weights(p) loads the weights of four blocks, weight<i>() is block i's of them
 // Idea     all rows meet the same weights: a stored block costs one broadcast of 4 weights an output, whatever the
 // pattern. Order    unit by unit in descending order of blocks, so that the trip count is the last one's or a little
 // less and
@@ -89,6 +90,28 @@ struct Unit {
   int64_t count;
 };
 
+// Index `kByte` of eight, times kGroupBytes, a power of two.
+template <int64_t kGroupBytes, int kByte>
+inline uint64_t group_at(uint64_t eight) {
+  constexpr int kShift = __builtin_ctzll(kGroupBytes), kDown = 8 * kByte - kShift;
+  if constexpr (kDown >= 0)
+    return eight >> kDown & uint64_t{255} << kShift;
+  else
+    return eight << -kDown & uint64_t{255} << kShift;
+}
+
+// Blocks kFirst .. kFirst + 3 of the eight whose indices are given. L: Lanes, as a parameter for levels without them.
+template <class L, int64_t kGroupBytes, int kFirst, int kVecs>
+[[gnu::always_inline]] inline void four_blocks(Vecs<kVecs>& even, Vecs<kVecs>& odd, const uint8_t* x, uint64_t eight,
+                                               const int8_t* value) {
+  constexpr int64_t kStride = kGroupBytes / L::kSteps;
+  const typename L::FourWeights w = L::four_weights(value);
+  dot(even, x + group_at<kGroupBytes, kFirst>(eight), kStride, L::template weight<0>(w));
+  dot(odd, x + group_at<kGroupBytes, kFirst + 1>(eight), kStride, L::template weight<1>(w));
+  dot(even, x + group_at<kGroupBytes, kFirst + 2>(eight), kStride, L::template weight<2>(w));
+  dot(odd, x + group_at<kGroupBytes, kFirst + 3>(eight), kStride, L::template weight<3>(w));
+}
+
 // A row of sums: two sets, as one chain for each vector of x would wait for itself.
 template <int kVecs, int kLanes>
 inline void row_of_blocks(const Unit& u, const uint8_t* x, int32_t* sums, bool first, int32_t start) {
@@ -101,11 +124,28 @@ inline void row_of_blocks(const Unit& u, const uint8_t* x, int32_t* sums, bool f
   set(odd, Lanes::zero());
   const uint8_t* index = u.index;
   const int8_t* value = u.value;
-  for (int64_t left = u.count; left >= 2; left -= 2, index += 2, value += 8) {
+  int64_t left = u.count;
+  if constexpr (Lanes::kFourWeights) {
+    for (; left >= 8; left -= 8, index += 8, value += 32) {
+      uint64_t eight;
+      memcpy(&eight, index, 8);
+      four_blocks<Lanes, kGroupBytes, 0>(even, odd, x, eight, value);
+      four_blocks<Lanes, kGroupBytes, 4>(even, odd, x, eight, value + 16);
+    }
+    if (left >= 4) {
+      uint32_t four;
+      memcpy(&four, index, 4);
+      four_blocks<Lanes, kGroupBytes, 0>(even, odd, x, four, value);
+      left -= 4;
+      index += 4;
+      value += 16;
+    }
+  }
+  for (; left >= 2; left -= 2, index += 2, value += 8) {
     dot(even, x + index[0] * kGroupBytes, kStride, Lanes::weight(value));
     dot(odd, x + index[1] * kGroupBytes, kStride, Lanes::weight(value + 4));
   }
-  if (u.count & 1) dot(even, x + index[0] * kGroupBytes, kStride, Lanes::weight(value));
+  if (left > 0) dot(even, x + index[0] * kGroupBytes, kStride, Lanes::weight(value));
   add(even, odd);
   store(even, sums);
 }

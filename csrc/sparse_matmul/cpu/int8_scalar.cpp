@@ -10,6 +10,7 @@ struct Lanes {
   static constexpr int kSteps = 1;
   static constexpr bool kXOuter = false;
   static constexpr int kQuadVecs = 1;
+  static constexpr bool kFourWeights = false;
   struct V {
     uint32_t v[kWidth];
   };
