@@ -20,7 +20,7 @@ import fastsparse
 from fastsparse import _C, ops
 from fastsparse.convert import convert_
 from fastsparse.nn import SparseLinear
-from fastsparse.ops import _auto, _packs, sparse_matmul
+from fastsparse.ops import _auto, _packs, sparse_int8, sparse_matmul
 from fastsparse.prune import Sparse, to_sparse_
 from tests.support import forced, guarded, isa_levels, same_bits, threads
 
@@ -305,6 +305,58 @@ def test_one_group_beyond_the_sample_makes_no_nm() -> None:
     outside = next(row for row in range(len(w)) if not (_auto._sample(w) == w[row]).all(1).any())
     w[outside, 508:] = 1
     assert not fits(w, 0.5)
+
+
+# --- int8, "sparse" ---------------------------------------------------------------------------------------------------
+
+
+def sparse_s8(n: int, k: int, zeros: float = 0.9) -> Tensor:
+    return torch.randint(1, 128, (n, k), dtype=torch.int8) * (torch.rand(n, k) >= zeros)
+
+
+def int8_candidates(rows: int, zeros: float) -> list[str]:
+    windows = ["windows_s8"] if zeros > 0.5 and sparse_int8.windows_are_fast() else []
+    return [*(["bitmap_s8"] if rows <= 4 else []), *windows, "blocks1x4", "blocks4x4"]
+
+
+@pytest.mark.parametrize("name", ["bitmap_s8", "blocks1x4", "blocks4x4"])
+def test_the_fastest_int8_format_is_taken_and_remembered(
+    name: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings, w = clock(monkeypatch, fastest(name)), sparse_s8(64, 100)
+    for _ in range(2):
+        assert torch.equal(ops.pack(w, "sparse", 3), ops.pack(w, name))
+    assert timings.asked == [(3, int8_candidates(3, 0.9))]
+    ((key, _),) = json.loads(cache.read_text())["seconds"].items()
+    assert "dtype int8" in key
+    ops.pack(sparse(64, 100), rows=3)  # floats of this size are another matter
+    assert len(timings.asked) == 2
+
+
+def test_int8_formats_are_candidates_by_rows_zeros_and_cpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = clock(monkeypatch, fastest("blocks1x4"))
+    for rows, at in ((4, 4), (5, 6), (None, 128), ((1, 64), 64)):
+        ops.pack(sparse_s8(64, 100), "sparse", rows)
+        assert timings.asked[-1] == (at, int8_candidates(at, 0.9))
+    ops.pack(sparse_s8(64, 100, 0.1), "sparse", 1)
+    assert timings.asked[-1] == (1, int8_candidates(1, 0.1))
+    with forced("scalar", "sparse_int8"):
+        ops.pack(sparse_s8(64, 100), "sparse", 1)
+    assert "windows_s8" not in timings.asked[-1][1]
+    monkeypatch.setenv(_auto.FOLDER, "off")
+    count = len(timings.asked)
+    ops.pack(sparse_s8(64, 100), "sparse", 1)
+    assert len(timings.asked) == count
+
+
+def test_the_clock_measures_int8(cache: Path) -> None:
+    w = sparse_s8(2048, 512, 0.8)
+    with torch.device("meta"):  # whatever the default is
+        pack = ops.pack(w, "sparse", 2)
+    ((seconds,),) = [json.loads(cache.read_text())["seconds"].values()]
+    assert list(seconds) == int8_candidates(2, 0.8)
+    assert all(0 < value < 1 for value in seconds.values())
+    assert torch.equal(pack, ops.pack(w, ops.describe(pack)["format"]))
 
 
 # --- Two formats in one pack ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from fastsparse import _C, ops, reference
+from fastsparse.ops import sparse_int8
 from tests.support import cpu_rows, forced, guarded, isa_levels, same_bits, strided, threads
 
 FORMATS = ("bitmap_s8", "windows_s8", "blocks1x4", "blocks4x4")
@@ -284,8 +285,9 @@ def test_sparse_chooses_by_rows_blocks_and_the_cpu(row: str) -> None:
 
 def choose_by_rows_and_blocks(fast: bool) -> None:
     for block, zeros, rows_of_x, format in [
-        ((1, 1), 0.5, 1, "bitmap_s8"),
-        ((4, 4), 0.75, 4, "bitmap_s8"),
+        ((1, 1), 0.3, 1, "bitmap_s8"),
+        ((1, 1), 0.7, 1, "windows_s8" if fast else "bitmap_s8"),
+        ((4, 4), 0.75, 4, "windows_s8" if fast else "bitmap_s8"),
         ((1, 1), 0.9, 1, "windows_s8" if fast else "bitmap_s8"),
         ((1, 1), 0.9, 64, "windows_s8" if fast else "blocks1x4"),
         ((1, 1), 0.7, None, "windows_s8" if fast else "blocks4x4"),
@@ -297,6 +299,12 @@ def choose_by_rows_and_blocks(fast: bool) -> None:
         w = blocky(256, 256, zeros, block)
         assert ops.describe(ops.pack(w, "sparse", rows_of_x))["format"] == format, (block, zeros, rows_of_x)
     assert ops.describe(ops.pack(blocky(64, 128, 0.9, (1, 1))))["format"] == "vnni16"  # "auto" stays what it was
+
+
+def test_sparse_takes_more_bytes_for_windows_where_a_cache_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = blocky(256, 256, 0.7, (1, 1))
+    monkeypatch.setattr(sparse_int8, "CACHED_BYTES", 0)
+    assert ops.describe(ops.pack(w, "sparse", 1))["format"] == "bitmap_s8"
 
 
 def refused_or_harmless(pack: Tensor, n: int, k: int) -> None:

@@ -74,7 +74,8 @@ class SparseInt8Linear(PackedLinear):
             linear: on the CPU, float32, bfloat16 or float16; finite weights [N, K], K at most 131071. What is zero in
                 its weight is zero in the copy, and so is what rounds to zero.
             format: "bitmap_s8" (few rows of x), "windows_s8" (zeros anywhere), "blocks1x4" or "blocks4x4" (zeros in
-                blocks, many rows), or "auto": the one that fits the zeros and `rows`.
+                blocks, many rows), or "auto": the one of them that is the fastest for the zeros and `rows`, measured
+                (`ops.pack`, "sparse"); never a dense one.
             rows: rows of x to be expected; None: many.
             activation: None, "relu", "gelu" or "silu": what follows the layer and shall run inside the kernel.
 

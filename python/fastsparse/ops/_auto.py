@@ -1,4 +1,5 @@
-"""How `pack(format="auto")` chooses for float32 and bfloat16 weights: by measurement, remembered per machine.
+"""How `pack` chooses where the format is "auto" (float32 and bfloat16) or "sparse" (int8): by measurement, remembered
+per machine.
 
 What was measured lies in formats.json in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, /fastsparse), or in the
 folder that FASTSPARSE_CACHE names; FASTSPARSE_CACHE=0 or off measures nothing, and a rule of thumb decides. A file that
@@ -48,18 +49,20 @@ Seconds = dict[str, float]
 
 @dataclass(frozen=True)
 class Weight:
-    """What is to be packed, and how: f32 or bf16[N, K], and the part of it that is not zero."""
+    """What is to be packed, and how: f32, bf16 or s8[N, K], and the part of it that is not zero."""
 
     dense: Tensor
     density: float
     pack: Callable[[Tensor, str], Tensor]  # (weight, format): the pack
     rule: Callable[[int | None], str]  # the format for these rows where nothing can be measured
     formats: tuple[str, ...] = ()  # to choose from; none: any
+    candidates: tuple[Candidate, ...] = ()  # none: CANDIDATES
+    linear: Callable[[int], Callable[[Tensor, Tensor], Tensor]] | None = None  # by N: (x, pack); none: sparse_linear
 
     @functools.cached_property
     def fitting(self) -> list[Candidate]:
         found: list[Candidate] = []
-        for c in CANDIDATES:
+        for c in self.candidates or CANDIDATES:
             named = not self.formats or c.format in self.formats
             if named and all(c.unless != other.format for other in found) and c.fits(self.dense, self.density):
                 found.append(c)
@@ -210,7 +213,7 @@ def measure(weight: Weight, rows: int, formats: Sequence[str]) -> Seconds:
     x = torch.randn(
         rows, sample.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
     )
-    linear, n = torch.ops.fastsparse.sparse_linear.default, sample.shape[0]
+    linear = (weight.linear or _sparse_linear)(sample.shape[0])
     packs: dict[str, list[Tensor]] = {}
     for format in formats:
         pack = weight.pack(sample, format)
@@ -223,11 +226,16 @@ def measure(weight: Weight, rows: int, formats: Sequence[str]) -> Seconds:
         copies, begin = packs[format], time.perf_counter()
         while len(passes) < 2 or sum(passes) < ROUND_SECONDS:
             for pack in copies:
-                linear(x, pack, n)
+                linear(x, pack)
             passes.append(time.perf_counter() - begin - sum(passes))
         return min(passes[1:]) / len(copies)
 
     return compare(formats, phase, weight.rule(rows))
+
+
+def _sparse_linear(n: int) -> Callable[[Tensor, Tensor], Tensor]:
+    linear = torch.ops.fastsparse.sparse_linear.default
+    return lambda x, pack: linear(x, pack, n)
 
 
 def compare(formats: Sequence[str], phase: Callable[[str], float], rule: str) -> Seconds:

@@ -34,8 +34,8 @@ def pack(
             int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
             `sparse_int8_linear` "bitmap_s8", "windows_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h,
-            windows_s8.h, blocks_s8.h in csrc/sparse_matmul), or "sparse": that of them which fits the zeros and
-            `rows`. uint8: "u4".
+            windows_s8.h, blocks_s8.h in csrc/sparse_matmul), or "sparse": that of them which is the fastest for the
+            zeros and `rows`, measured as "auto" of float32. uint8: "u4".
             float32: "bitmap32", "sell16", "sell8", "sell8x32", "sell4" or "panels128" (csrc/sparse_matmul/formats); for
             zeros in blocks of outputs x k "blocks1x4", "blocks4x4", "blocks8x8", "blocks16x16" or "blocks16x1"
             (formats/blocks.h: any weight can be packed so, whole blocks with something in them are stored); for at

@@ -6,24 +6,29 @@ there, the float64 oracle fastsparse.reference.sparse_int8_linear.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fastsparse.ops import _auto
 from fastsparse.ops._call import eager
 from fastsparse.ops._pack import HEADER
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 
 # And the outputs of a block, or what sparse_int8_pack takes in its place.
 FORMATS = {"bitmap_s8": 0, "windows_s8": 32, "blocks1x4": 1, "blocks4x4": 4}
-# Measured: docs/kernels/sparse_matmul.md. Rows of x up to which a bitmap may be the fastest, and how many times its
-# bytes windows may have there; how much more a stored weight of 1x4 blocks and of windows costs than one of 4x4 blocks.
+# The rule of thumb, where nothing is measured (docs/kernels/sparse_matmul.md). Rows of x up to which a bitmap may be
+# the fastest, and how many times its bytes windows may have there: where they lie in a cache, and beyond. How much more
+# a stored weight of 1x4 blocks and of windows costs than one of 4x4 blocks.
 BITMAP_ROWS = 4
-WINDOWS_OVER_BITMAP = 1.55
+CACHED_BYTES = 12 << 20
+WINDOWS_OVER_CACHED_BITMAP, WINDOWS_OVER_BITMAP = 1.8, 1.55
 COST_1X4 = 1.6
-COST_WINDOWS = 1.9
+COST_WINDOWS = 1.8
+WINDOWS_DENSITY = 0.6  # denser: windows lose, whatever the rows
 
 _sparse_int8_linear = torch.ops.fastsparse.sparse_int8_linear.default
 _sparse_int8_linear_now = eager(_sparse_int8_linear)
@@ -91,20 +96,47 @@ def windows_are_fast() -> bool:
     return any(row["selected"] and (row["family"], row["name"]) == ("sparse_int8", "avx512vbmi2") for row in rows)
 
 
+CANDIDATES = (
+    _auto.Candidate("bitmap_s8", most_rows=BITMAP_ROWS),
+    _auto.Candidate("windows_s8", fits=lambda weight, density: density <= WINDOWS_DENSITY and windows_are_fast()),
+    _auto.Candidate("blocks1x4"),
+    _auto.Candidate("blocks4x4"),
+)
+
+
+def _linear_of(n: int) -> Callable[[Tensor, Tensor], Tensor]:
+    scale = torch.ones(n, dtype=torch.float32, device="cpu")
+    return lambda x, pack: _sparse_int8_linear(x, pack, scale)
+
+
+def _pack_as(weight: Tensor, format: str) -> Tensor:
+    return _sparse_int8_pack(weight, FORMATS[format])
+
+
 def _choose(weight: Tensor, rows: int | None) -> Tensor:
-    """What "sparse" means: by the rows of x to be expected (None: many), what the zeros leave to store, and the CPU."""
+    """What "sparse" means: what is the fastest for the rows of x to be expected (None: many)."""
     live = int(weight.count_nonzero())
-    if rows is not None and rows <= BITMAP_ROWS:
-        best, bound = "bitmap_s8", WINDOWS_OVER_BITMAP * (live + weight.numel() / 8) / 2
-    else:
-        costs = {"blocks4x4": 16 * _blocks(weight, 4), "blocks1x4": COST_1X4 * 4 * _blocks(weight, 1)}
-        best = min(costs, key=lambda name: costs[name])
-        bound = costs[best] / COST_WINDOWS
-    if live < bound and windows_are_fast():  # more than that: lost, however few of their places stay empty
-        windows = _sparse_int8_pack(weight, FORMATS["windows_s8"])
-        if windows.numel() / 2 < bound:
-            return windows
-    return _sparse_int8_pack(weight, FORMATS[best])
+    packs: dict[str, Tensor] = {}  # what the rule had to pack
+
+    def rule(rows: int | None) -> str:
+        """By what the zeros leave to store, and the CPU."""
+        if rows is not None and rows <= BITMAP_ROWS:
+            best, size = "bitmap_s8", live + weight.numel() / 8
+            bound = max(WINDOWS_OVER_BITMAP * size, min(WINDOWS_OVER_CACHED_BITMAP * size, CACHED_BYTES)) / 2
+        else:
+            costs = {"blocks4x4": 16 * _blocks(weight, 4), "blocks1x4": COST_1X4 * 4 * _blocks(weight, 1)}
+            best = min(costs, key=lambda name: costs[name])
+            bound = costs[best] / COST_WINDOWS
+        if live < bound and windows_are_fast():  # more than that: lost, however few of their places stay empty
+            if "windows_s8" not in packs:
+                packs["windows_s8"] = _pack_as(weight, "windows_s8")
+            if packs["windows_s8"].numel() / 2 < bound:
+                return "windows_s8"
+        return best
+
+    whole = _auto.Weight(weight, live / max(weight.numel(), 1), _pack_as, rule, (), CANDIDATES, _linear_of)
+    format = _auto.choose(whole, rows)
+    return packs[format] if format in packs else _pack_as(weight, format)
 
 
 def pack_sparse_int8(weight: Tensor, format: str, rows: int | None) -> Tensor:
@@ -114,7 +146,7 @@ def pack_sparse_int8(weight: Tensor, format: str, rows: int | None) -> Tensor:
     if weight.dim() != 2:
         raise ValueError(f"pack: weight must be a matrix [N, K], got weight{list(weight.shape)}")
     try:
-        return _choose(weight, rows) if format == "sparse" else _sparse_int8_pack(weight, FORMATS[format])
+        return _choose(weight, rows) if format == "sparse" else _pack_as(weight, format)
     except ValueError as error:
         raise ValueError(f"pack: {str(error).removeprefix('sparse_int8_pack: ')}") from None
 
