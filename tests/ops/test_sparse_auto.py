@@ -349,6 +349,23 @@ def test_int8_formats_are_candidates_by_rows_zeros_and_cpu(cache: Path, monkeypa
     assert len(timings.asked) == count
 
 
+@pytest.mark.parametrize("layers", [1, 8])
+def test_as_many_copies_go_round_as_layers(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_auto, "SET_BYTES", 1)
+    seen: set[int] = set()
+
+    def linear(n: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def call(x: Tensor, pack: Tensor) -> Tensor:
+            seen.add(pack.data_ptr())
+            return x
+
+        return call
+
+    weight = _auto.Weight(sparse(64, 100), 0.1, sparse_matmul._pack_as, lambda _: SELL, linear=linear, layers=layers)
+    _auto.measure(weight, 1, [SELL])
+    assert len(seen) == layers + 1  # the pack itself, and its copies
+
+
 def test_the_clock_measures_int8(cache: Path) -> None:
     w = sparse_s8(2048, 512, 0.8)
     with torch.device("meta"):  # whatever the default is

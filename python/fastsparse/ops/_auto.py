@@ -58,6 +58,7 @@ class Weight:
     formats: tuple[str, ...] = ()  # to choose from; none: any
     candidates: tuple[Candidate, ...] = ()  # none: CANDIDATES
     linear: Callable[[int], Callable[[Tensor, Tensor], Tensor]] | None = None  # by N: (x, pack); none: sparse_linear
+    layers: int = 1  # of this size that go round when it is measured
 
     @functools.cached_property
     def fitting(self) -> list[Candidate]:
@@ -217,8 +218,8 @@ def measure(weight: Weight, rows: int, formats: Sequence[str]) -> Seconds:
     packs: dict[str, list[Tensor]] = {}
     for format in formats:
         pack = weight.pack(sample, format)
-        size = max(SET_BYTES, min(LARGEST_SET, int(pack.numel() * whole)))
-        packs[format] = [pack] + [pack.clone() for _ in range(min(size // pack.numel(), 63))]
+        size = max(SET_BYTES, min(LARGEST_SET, int(pack.numel() * whole) * weight.layers))
+        packs[format] = [pack] + [pack.clone() for _ in range(min(size // pack.numel(), 64 * weight.layers - 1))]
 
     def phase(format: str) -> float:
         """The least of some passes over the copies, of which the first brings them to where the others find them."""

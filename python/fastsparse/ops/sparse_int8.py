@@ -21,10 +21,11 @@ from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 # And the outputs of a block, or what sparse_int8_pack takes in its place.
 FORMATS = {"bitmap_s8": 0, "windows_s8": 32, "blocks1x4": 1, "blocks4x4": 4}
 # The rule of thumb, where nothing is measured (docs/kernels/sparse_matmul.md). Rows of x up to which a bitmap may be
-# the fastest, and how many times its bytes windows may have there: where they lie in a cache, and beyond. How much more
-# a stored weight of 1x4 blocks and of windows costs than one of 4x4 blocks.
+# the fastest, and how many times its bytes windows may have there: where LAYERS of them lie in half a common L3, and
+# beyond. How much more a stored weight of 1x4 blocks and of windows costs than one of 4x4 blocks.
 BITMAP_ROWS = 4
-CACHED_BYTES = 12 << 20
+LAYERS = 8  # a model has more than one of a size: large ones come from DRAM, where the bytes of a pack decide
+CACHED_BYTES = (16 << 20) // LAYERS
 WINDOWS_OVER_CACHED_BITMAP, WINDOWS_OVER_BITMAP = 1.8, 1.55
 COST_1X4 = 1.6
 COST_WINDOWS = 1.8
@@ -134,7 +135,8 @@ def _choose(weight: Tensor, rows: int | None) -> Tensor:
                 return "windows_s8"
         return best
 
-    whole = _auto.Weight(weight, live / max(weight.numel(), 1), _pack_as, rule, (), CANDIDATES, _linear_of)
+    layers = LAYERS if rows is not None and rows <= BITMAP_ROWS else 1
+    whole = _auto.Weight(weight, live / max(weight.numel(), 1), _pack_as, rule, (), CANDIDATES, _linear_of, layers)
     format = _auto.choose(whole, rows)
     return packs[format] if format in packs else _pack_as(weight, format)
 
