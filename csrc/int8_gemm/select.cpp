@@ -104,8 +104,15 @@ int64_t weight_only_rows(const Kernels& kernels, int64_t m) {
   return (m + chunks - 1) / chunks;
 }
 
-// 1 to 4 KB were the same within the noise of a busy machine; 2 KB was the better one in most runs from DRAM.
-int64_t weight_only_prefetch_ahead(int64_t weight_bytes) { return weight_bytes > isa::l2_bytes() ? 2048 : 0; }
+// Zen 5, 4096 x 4096, groups of 32, 64, 128, GB/s of codes: as four streams 97, 109, 113 from L3 and 33, 35, 38 from
+// DRAM, as one 110, 114, 117 and 40, 41, 41. Zen 4 reads DRAM faster as four; other CPUs were not measured.
+bool weight_only_stream(int64_t rows) { return rows == 1 && isa::amd() && !isa::zen4(); }
+
+// Four streams: 1 to 4 KB were the same within the noise of a busy machine; 2 KB was the better one in most runs from
+// DRAM. One stream (Zen 5), 2, 4, 8, 16 KB: groups of 32 from DRAM 34, 38, 41, 38 GB/s, 32 without; from L3 the same.
+int64_t weight_only_prefetch_ahead(int64_t weight_bytes, bool stream) {
+  return weight_bytes <= isa::l2_bytes() ? 0 : stream ? 8192 : 2048;
+}
 
 // Zen 4, one row, 4096 x 4096, groups of 32 and 128: 72 and 81 GB/s from L3, 25 and 26 from DRAM; with 2 KB ahead 68
 // and 73, 20 and 20; with neither 74 and 85, 23 and 24.

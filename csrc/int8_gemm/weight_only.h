@@ -63,6 +63,7 @@ struct GroupTileArgs {
   int64_t zero_stride;
   const float* scale_f32;  // tile_s8: [columns]
   float* acc;
+  bool stream;             // tile_u4, one row: one column panel after the other, where a tile can
   int64_t prefetch_ahead;  // > 0: codes of weights are prefetched so many bytes ahead of their use
   int64_t prefetch_pages;  // > 0: in the place of that, where a tile can, the beginnings of pages so many pages ahead
 };

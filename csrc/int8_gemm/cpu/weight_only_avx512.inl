@@ -8,6 +8,7 @@
 //          the sum of the group's x.
 // Tile     1, 2 rows x 64 columns: two sets of sums, the float32 sums of the groups beside them in registers.
 //          3 to 6 rows x 64, 7 to 12 rows x 32: one set, float32 sums in memory, which the end of a group adds to.
+//          1 row of u4, where t.stream says so: a single stream, four sets of sums, each cell loaded once.
 // Prefetch from L3 and DRAM, in each of the (four) column streams (prefetcht0), none where the weights lie in L2.
 // Measured docs/kernels/int8_gemm.md
 #include "weight_only.inl"
@@ -244,6 +245,69 @@ void tile_panels(const GroupTileArgs& t) {
   if constexpr (kInRegisters) store_sums(acc, t.acc);
 }
 
+// sum + w * the 4 k at x. By mnemonic: gcc 12 makes an instruction of its own of each broadcast, which costs a load's
+// place and an entry of the reorder buffer, whose depth is what DRAM is read by.
+WO_INLINE __m512i dot_broadcast(__m512i sum, __m512i w_u8, const int8_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w_u8), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
+  return sum;
+}
+
+constexpr int64_t kScaleAhead = 1024;  // bytes: with 512 the same, with 4096 slower from L3
+
+// One row and column panel of u4; kCells: 8 k each, of a group. The next column panel begins where this one ends, so
+// panel after panel is one stream of codes, and one of scales.
+template <int kCells, bool kPrefetch>
+void stream_panel(const GroupTileArgs& t) {
+  const __m512i low = _mm512_set1_epi8(15);
+  const uint8_t* w = t.weight;
+  const int8_t* x_block = t.x;
+  int64_t in_block = 0;
+  __m512 acc = _mm512_setzero_ps();
+  for (int64_t g = 0; g < t.groups; ++g) {
+    const int8_t* x = x_block + in_block;
+    if constexpr (kPrefetch)
+      _mm_prefetch(reinterpret_cast<const char*>(t.scale + g * kPanelColumns) + kScaleAhead, _MM_HINT_T0);
+    __m512i even = U4::start(t, 0, g, t.x_sum[g * t.group_stride]), odd = _mm512_setzero_si512();
+    __m512i even16 = odd, odd16 = odd;  // of high nibbles
+#pragma GCC unroll 8
+    for (int i = 0; i < kCells; i += 2) {
+      if constexpr (kPrefetch) {
+        _mm_prefetch(reinterpret_cast<const char*>(w + t.prefetch_ahead + 64 * i), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(w + t.prefetch_ahead + 64 * i + 64), _MM_HINT_T0);
+      }
+      __m512i cell0 = _mm512_loadu_si512(w + 64 * i), cell1 = _mm512_loadu_si512(w + 64 * i + 64);
+      asm("" : "+v"(cell0), "+v"(cell1));  // else gcc 12 loads each twice
+      even = dot_broadcast(even, _mm512_and_si512(cell0, low), x + 8 * i);
+      even16 = dot_broadcast(even16, _mm512_andnot_si512(low, cell0), x + 8 * i + 4);
+      odd = dot_broadcast(odd, _mm512_and_si512(cell1, low), x + 8 * i + 8);
+      odd16 = dot_broadcast(odd16, _mm512_andnot_si512(low, cell1), x + 8 * i + 12);
+    }
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(even16, odd16), U4::kShift);
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(even, odd), high);
+    const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(t.x_scale[g * t.group_stride]), U4::scale(t, 0, g));
+    acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
+    w += kCells * 64;
+    in_block += t.group;
+    if (in_block == kBlockK) {
+      in_block = 0;
+      x_block += t.block_stride;
+    }
+  }
+  _mm512_storeu_ps(t.acc, acc);
+}
+
+template <int kCells>
+void stream_panel(const GroupTileArgs& t) {
+  if (t.prefetch_ahead > 0) return stream_panel<kCells, true>(t);
+  stream_panel<kCells, false>(t);
+}
+
+void stream_panel(const GroupTileArgs& t) {
+  if (t.group == 32) return stream_panel<4>(t);
+  if (t.group == 64) return stream_panel<8>(t);
+  stream_panel<16>(t);
+}
+
 // kPanels column panels at a time, then one by one.
 template <class Format, int kRows, int kPanels, bool kTwoSets>
 void tile_rows(const GroupTileArgs& t) {
@@ -259,6 +323,8 @@ void tile_rows(const GroupTileArgs& t) {
     part.acc += panels * kPanelColumns;
     part.columns -= panels * kPanelColumns;
   };
+  if (!Format::kS8 && kRows == 1 && t.stream)
+    for (; part.columns > 0; skip(1)) stream_panel(part);
   for (; part.columns >= kPanels * kPanelColumns; skip(kPanels)) tile_panels<Format, kRows, kPanels, kTwoSets>(part);
   for (; part.columns > 0; skip(1)) tile_panels<Format, kRows, 1, kTwoSets>(part);
 }
