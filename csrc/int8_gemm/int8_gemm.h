@@ -105,6 +105,8 @@ struct TileArgs {
   int32_t* acc;
   int64_t acc_stride;      // elements; kMaxTileColumns, or any where strided_sums says so
   bool in_l2;              // the whole weight fits L2
+  bool stream;             // one or two rows: one column panel after the other, where a tile can
+  bool shuffle;            // one row as a stream: x by shuffles in place of loads, where a tile can
   int64_t prefetch_ahead;  // > 0: weights are prefetched so many bytes ahead of their use (few rows, from L3 or DRAM)
   int64_t prefetch_pages;  // > 0: in the place of that, the beginnings of pages so many pages ahead (one or two rows)
   const int8_t* prefetch_next;  // not null: prefetch_bytes from here go to L2 meanwhile (many rows: the next panel)

@@ -83,12 +83,32 @@ bool split_rows(const Kernels& kernels, int64_t m, int64_t n, int64_t k) {
 
 bool in_l2(int64_t n, int64_t k) { return n * k <= isa::l2_bytes(); }
 
-// Zen 5, one row, 4096 x 4096 from L3: 150 us without, 168 to 174 with 1 KB ahead; from DRAM 44 and 32 GB/s.
-int64_t prefetch_ahead(int64_t n, int64_t k) { return in_l2(n, k) || isa::amd() ? 0 : 1024; }
+// Column panels shorter than this.
+bool short_panels(int64_t k) { return k * kPanelColumns < 64 << 10; }
+
+// One row from L3 and DRAM, GB/s as one stream and as four: K = 768 on Zen 4 92 and 26 against 82 and 21, on Zen 5 121
+// and 43 against 116 and 40; K = 4096 on Zen 4 74 and 26 against 74 and 27, on Zen 5 122 and 43 against 123 and 43. Two
+// rows of K = 768, on Zen 5 alone: 108 and 37 against 105 and 31; from L2, or of K = 4096, slower.
+bool stream(int64_t rows, int64_t n, int64_t k) {
+  if (rows == 2) return !in_l2(n, k) && short_panels(k) && isa::zen5();
+  return rows == 1 && (in_l2(n, k) || (short_panels(k) && isa::amd()));
+}
+
+// Zen 5: 768 x 768 2.43 us with, 2.61 without; Zen 4 the same or 1% better. From L3 it is slower.
+bool shuffle_stream(int64_t n, int64_t k) { return in_l2(n, k) && isa::amd(); }
+
+// Zen 5, one row, 4096 x 4096 from L3: 150 us without, 168 to 174 with 1 KB ahead; from DRAM 44 and 32 GB/s. Short
+// panels in four streams want it: K = 768 and 3, 4, 6 rows from DRAM 26, 25, 21 GB/s without, 29, 29, 29 with; from L3
+// the same.
+int64_t prefetch_ahead(const Kernels& kernels, int64_t rows, int64_t n, int64_t k) {
+  if (in_l2(n, k)) return 0;
+  if (isa::zen5() && kernels.level == isa::Level::avx512 && rows >= 3 && short_panels(k)) return 1024;
+  return isa::amd() ? 0 : 1024;
+}
 
 // Zen 4, one row, GB/s of (K, N) = (768, 3072) from L3 and DRAM: 82 and 21 without, 92 and 26 with; of (4096, 4096): 66
-// and 25, 74 and 27. 2 to 6 pages: the same; 8 lines of a page, or prefetcht0: slower.
-int64_t prefetch_pages(int64_t n, int64_t k) { return !in_l2(n, k) && isa::zen4() ? 3 : 0; }
+// and 25, 74 and 27. 2 to 6 pages: the same; 8 lines of a page, or prefetcht0: slower. Zen 5: 1%.
+int64_t prefetch_pages(int64_t n, int64_t k) { return !in_l2(n, k) && isa::amd() ? 3 : 0; }
 
 // Zen 4, a result beyond L2: 512 x 768 x 3072 5820 us with, 6710 us without; one within L2 loses nothing.
 bool prefetch_result() { return isa::amd(); }
@@ -106,7 +126,9 @@ int64_t weight_only_rows(const Kernels& kernels, int64_t m) {
 
 // Zen 5, 4096 x 4096, groups of 32, 64, 128, GB/s of codes: as four streams 97, 109, 113 from L3 and 33, 35, 38 from
 // DRAM, as one 110, 114, 117 and 40, 41, 41. Zen 4 reads DRAM faster as four; other CPUs were not measured.
-bool weight_only_stream(int64_t rows) { return rows == 1 && isa::amd() && !isa::zen4(); }
+bool weight_only_stream(const Kernels& kernels, int64_t rows) {
+  return rows == 1 && isa::zen5() && kernels.level == isa::Level::avx512;
+}
 
 // Four streams: 1 to 4 KB were the same within the noise of a busy machine; 2 KB was the better one in most runs from
 // DRAM. One stream (Zen 5), 2, 4, 8, 16 KB: groups of 32 from DRAM 34, 38, 41, 38 GB/s, 32 without; from L3 the same.

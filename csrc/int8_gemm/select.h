@@ -43,13 +43,17 @@ bool split_rows(const Kernels& kernels, int64_t m, int64_t n, int64_t k);
 int64_t weight_only_rows(const Kernels& kernels, int64_t m);
 
 // weight_only_linear, u4: True: so many rows read one column panel after the other, false: four side by side.
-bool weight_only_stream(int64_t rows);
+bool weight_only_stream(const Kernels& kernels, int64_t rows);
 
 // The weights of a layer stay in L2 between calls, as far as their size goes.
 bool in_l2(int64_t n, int64_t k);
 
+// True: tiles of so many rows (one or two) read one column panel after the other, false: four side by side.
+bool stream(int64_t rows, int64_t n, int64_t k);
+bool shuffle_stream(int64_t n, int64_t k);
+
 // Bytes that few-row tiles prefetch ahead of their use; 0 where the weights lie in L2, or the CPU is better at it.
-int64_t prefetch_ahead(int64_t n, int64_t k);
+int64_t prefetch_ahead(const Kernels& kernels, int64_t rows, int64_t n, int64_t k);
 int64_t weight_only_prefetch_ahead(int64_t weight_bytes, bool stream);
 
 // Pages ahead of its use that a page's beginning is prefetched; 0 where the weights lie in L2, or the CPU is not one

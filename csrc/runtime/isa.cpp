@@ -177,16 +177,28 @@ bool amd() {
 #endif
 }
 
-bool zen4() {
+namespace {
+
+unsigned amd_family() {  // 0: not by AMD
 #if defined(__x86_64__)
-  static const bool is = [] {
-    unsigned eax, ebx, ecx, edx;
-    return amd() && __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 8 & 15) + (eax >> 20 & 255) == 25;
-  }();
-  return is;
+  unsigned eax, ebx, ecx, edx;
+  if (!amd() || __get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return 0;
+  return (eax >> 8 & 15) + (eax >> 20 & 255);
 #else
-  return false;
+  return 0;
 #endif
+}
+
+}  // namespace
+
+bool zen4() {
+  static const bool is = amd_family() == 25;
+  return is;
+}
+
+bool zen5() {
+  static const bool is = amd_family() == 26;
+  return is;
 }
 
 int64_t l2_bytes() {

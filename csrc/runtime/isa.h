@@ -39,6 +39,7 @@ FASTSPARSE_API bool usable(Level level, uint32_t features);
 // A CPU by AMD: for thresholds that go with a core's prefetchers, never for what is correct.
 bool amd();
 bool zen4();  // and Zen 3, which has the same family number
+bool zen5();
 
 // Bytes of one core's L2; 1 MB where the system does not say.
 int64_t l2_bytes();

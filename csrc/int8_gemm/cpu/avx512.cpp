@@ -4,7 +4,7 @@
 // Tile     up to 14 rows x 32 columns: 28 sums + 2 weights + 1 broadcast = 31 of 32 registers.
 //          Few rows (up to 6): 64 columns, four weight streams share a broadcast; 1 to 3 rows keep two sets of sums
 //          (even and odd steps), so that the latency of vpdpbusd stays hidden. One row: a single stream, eight steps
-//          side by side, where is_stream() says so.
+//          side by side, where t.stream says so; two rows likewise.
 // y        float32 without a residual is finished in the registers of a tile (tile_to_y); else sums go by memory.
 // Reads    vnni16: one 64-byte load per 16 columns x 4 k; x by vpbroadcastd, 4 k of one row.
 // Tails    n: the caller copies only its columns; k: weights are zero-padded; m: smaller instances.
@@ -321,20 +321,21 @@ void tile_few(const TileArgs& t) {
   if constexpr (kTwoSets) clear(odd);
   const uint8_t* block = t.panel;
   const bool far = !kPages && t.prefetch_ahead > 0;
-  // What lies pages ahead of a column stream's end is another panel's beginning: there, the next tile's is wanted.
-  [[maybe_unused]] const int8_t* turn = t.weight + t.panel_stride - t.prefetch_pages * kPageBytes;
+  // What lies ahead of a column stream's end is another panel's beginning: there, the next tile's is wanted.
+  const int8_t* turn = t.weight + t.panel_stride - (kPages ? t.prefetch_pages * kPageBytes : t.prefetch_ahead);
+  const int64_t next = (kVecs - 1) * t.panel_stride;
   for (int64_t left = t.k_steps; left > 0; left -= kBlockSteps, block += t.block_stride) {
     const uint8_t* a = block;
     int64_t steps = left < kBlockSteps ? left : kBlockSteps;
     if constexpr (kTwoSets) {
       for (; steps >= 2; steps -= 2, a += 2 * kStepK, w += 2 * kStepBytes) {
         if (far) {
-          prefetch(Vecs<kVecs>(), w + t.prefetch_ahead, t.panel_stride);
-          prefetch(Vecs<kVecs>(), w + t.prefetch_ahead + kStepBytes, t.panel_stride);
+          const int8_t* ahead = w + t.prefetch_ahead + (w < turn ? 0 : next);
+          prefetch(Vecs<kVecs>(), ahead, t.panel_stride);
+          prefetch(Vecs<kVecs>(), ahead + kStepBytes, t.panel_stride);
         }
         if (kPages && begins_page(w, 2 * kStepBytes))
-          prefetch_pages(Vecs<kVecs>(), w + (w < turn ? 0 : (kVecs - 1) * t.panel_stride), t.panel_stride,
-                         t.prefetch_pages);
+          prefetch_pages(Vecs<kVecs>(), w + (w < turn ? 0 : next), t.panel_stride, t.prefetch_pages);
         Vecs<kVecs> b;
         load(b, w, t.panel_stride);
         if constexpr (kCount > 1) hold(b);
@@ -345,7 +346,7 @@ void tile_few(const TileArgs& t) {
       }
     }
     for (; steps > 0; --steps, a += kStepK, w += kStepBytes) {
-      if (far) prefetch(Vecs<kVecs>(), w + t.prefetch_ahead, t.panel_stride);
+      if (far) prefetch(Vecs<kVecs>(), w + t.prefetch_ahead + (w < turn ? 0 : next), t.panel_stride);
       Vecs<kVecs> b;
       load(b, w, t.panel_stride);
       if constexpr (kCount > 1) hold(b);
@@ -382,6 +383,20 @@ inline void steps(Sets<kSets, kCount>& s, const int8_t* w, const uint8_t* a) {
   if constexpr (kCount > 1) hold(b);
   step(s.sums, b, a + (kSets - 1) * kStepK);
 }
+// The same for one row, x by one load and four shuffles in place of four loads: from L2, loads are what there is least
+// of.
+inline void shuffled_steps(Sets<0, 1>&, const int8_t*, const uint8_t*) {}
+template <int kSets>
+inline void shuffled_steps(Sets<kSets, 1>& s, const int8_t* w, const uint8_t* a) {
+  shuffled_steps(s.before, w, a);
+  constexpr int kStep = kSets - 1;
+  const __m128i four_steps = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + kStep / 4 * 4 * kStepK));
+  const __m512i x =
+      _mm512_shuffle_epi32(_mm512_broadcast_i32x4(four_steps), static_cast<_MM_PERM_ENUM>(kStep % 4 * 0x55));
+  Vecs<1> b;
+  load(b, w + kStep * kStepBytes, 0);
+  multiply_add(s.sums.row, b, x);
+}
 template <int kCount>
 inline void add(Sums<kCount, 1>&, const Sets<0, kCount>&) {}
 template <int kSets, int kCount>
@@ -390,20 +405,20 @@ inline void add(Sums<kCount, 1>& total, const Sets<kSets, kCount>& s) {
   add(total, s.sums);
 }
 
-// One row: one column panel after the other, read from its first byte to its last as one stream; eight steps side by
-// side hide the latency of vpdpbusd. put(n, sum) takes the sums of 16 columns. Everything that a panel needs lies in
-// registers: an address that waits for a load or for the vector pipes holds up the loads of the next panel.
-template <bool kPages, class Put>
-__attribute__((always_inline)) inline void stream_row(const TileArgs& t, const Put& put) {
-  constexpr int kSets = 8;
+// One row or two: one column panel after the other, read from its first byte to its last as one stream; kSets steps
+// side by side hide the latency of vpdpbusd. put(n, sums) takes the sums of 16 columns. Everything that a panel needs
+// lies in registers: an address that waits for a load or for the vector pipes holds up the loads of the next panel.
+enum class Stream { kPlain, kPages, kShuffled };
+template <int kCount, int kSets, Stream kHow, class Put>
+__attribute__((always_inline)) inline void stream(const TileArgs& t, const Put& put) {
   const int8_t* w = t.weight;
   const uint8_t* const panel = t.panel;
   const int64_t block_stride = t.block_stride, k_steps = t.k_steps, columns = t.columns, pages = t.prefetch_pages;
   const int32_t* const column_sum = t.column_sum;
   const __m512i offset = _mm512_set1_epi32(-t.offset);
   for (int64_t n = 0; n < columns; n += kPanelColumns) {
-    Sums<1, 1> sums;
-    Sets<kSets, 1> sets;
+    Sums<kCount, 1> sums;
+    Sets<kSets, kCount> sets;
     start(sums, column_sum + n, offset);
     clear(sets);
     const uint8_t* block = panel;
@@ -411,40 +426,51 @@ __attribute__((always_inline)) inline void stream_row(const TileArgs& t, const P
       const uint8_t* a = block;
       int64_t i = left < kBlockSteps ? left : kBlockSteps;
       for (; i >= kSets; i -= kSets, a += kSets * kStepK, w += kSets * kStepBytes) {
-        if (kPages && begins_page(w, kSets * kStepBytes)) prefetch_page(w, pages);
-        steps(sets, w, a);
+        if (kHow == Stream::kPages && begins_page(w, kSets * kStepBytes)) prefetch_page(w, pages);
+        if constexpr (kHow == Stream::kShuffled)
+          shuffled_steps(sets, w, a);
+        else
+          steps(sets, w, a);
       }
       for (; i > 0; --i, a += kStepK, w += kStepBytes) {
         Vecs<1> b;
         load(b, w, 0);
+        if constexpr (kCount > 1) hold(b);
         step(sums, b, a);
       }
     }
     add(sums, sets);
-    __m512i sum = sums.row.v;
-    asm("" : "+v"(sum));  // else gcc 12 keeps a copy of the sums in memory through the whole loop
-    put(n, sum);
+    put(n, sums);
   }
 }
 
+// put(n, sum)
 template <class Put>
 inline void stream_row(const TileArgs& t, const Put& put) {
-  if (t.prefetch_pages > 0)
-    stream_row<true>(t, put);
+  const auto put_row = [&](int64_t n, const Sums<1, 1>& sums) __attribute__((always_inline)) {
+    __m512i sum = sums.row.v;
+    asm("" : "+v"(sum));  // else gcc 12 keeps a copy of the sums in memory through the whole loop
+    put(n, sum);
+  };
+  if (t.shuffle)
+    stream<1, 8, Stream::kShuffled>(t, put_row);
+  else if (t.prefetch_pages > 0)
+    stream<1, 8, Stream::kPages>(t, put_row);
   else
-    stream_row<false>(t, put);
+    stream<1, 8, Stream::kPlain>(t, put_row);
 }
 
-// From L3 and DRAM Zen 4 reads short panels faster as one stream (K = 768, GB/s: 92 and 26 against 82 and 21 as four),
-// those of 64 KB as four (K = 4096: 74 and 26 against 74 and 27).
-constexpr int64_t kStreamBytes = 64 << 10;
-bool is_stream(const TileArgs& t) {
-  return t.rows == 1 && (t.in_l2 || (t.prefetch_pages > 0 && t.panel_stride < kStreamBytes));
-}
+bool is_stream(const TileArgs& t) { return t.rows == 1 && t.stream; }
 
 void tile_stream(const TileArgs& t) {
   int32_t* const acc = t.acc;
   stream_row(t, [=](int64_t n, __m512i sum) { _mm512_storeu_si512(acc + n, sum); });
+}
+
+void tile_stream_two(const TileArgs& t) {
+  int32_t* const acc = t.acc;
+  stream<2, 4, Stream::kPages>(
+      t, [=](int64_t n, const Sums<2, 1>& sums) __attribute__((always_inline)) { store(sums, acc + n); });
 }
 
 template <bool kRelu>
@@ -465,7 +491,8 @@ void tile_stream_to_y(const TileArgs& t, const EpilogueArgs& e) {
 template <int kCount>
 void few(const TileArgs& t) {
   constexpr bool kTwoSets = kCount <= 3;
-  if (kCount == 1 && is_stream(t)) return tile_stream(t);
+  if (kCount == 1 && t.stream) return tile_stream(t);
+  if (kCount == 2 && t.stream) return tile_stream_two(t);
   TileArgs part = t;
   int64_t n = 0;
   const auto skip = [&](int64_t columns) {

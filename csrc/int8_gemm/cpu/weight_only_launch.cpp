@@ -111,7 +111,7 @@ void multiply(const Kernels& kernels, const WeightOnlyArgs& a, const Weight& w, 
       t.zero_stride = w.zero_stride;
       t.scale_f32 = w.u4 ? nullptr : scales;
       t.acc = s.acc;
-      t.stream = w.u4 && weight_only_stream(rows);
+      t.stream = w.u4 && weight_only_stream(kernels, rows);
       t.prefetch_ahead = row == 0 ? weight_only_prefetch_ahead(w.bytes, t.stream) : 0;
       t.prefetch_pages = row == 0 ? weight_only_prefetch_pages(w.bytes) : 0;
       (w.u4 ? k.tile_u4 : k.tile_s8)(t);
