@@ -89,7 +89,7 @@ bool short_panels(int64_t k) { return k * kPanelColumns < 64 << 10; }
 // One row from L3 and DRAM, GB/s as one stream and as four: K = 768 on Zen 4 92 and 26 against 82 and 21, on Zen 5 121
 // and 43 against 116 and 40; K = 4096 on Zen 4 74 and 26 against 74 and 27, on Zen 5 122 and 43 against 123 and 43. Two
 // rows of K = 768, on Zen 5 alone: 108 and 37 against 105 and 31; from L2, or of K = 4096, slower.
-bool stream(int64_t rows, int64_t n, int64_t k) {
+bool one_stream(int64_t rows, int64_t n, int64_t k) {
   if (rows == 2) return !in_l2(n, k) && short_panels(k) && isa::zen5();
   return rows == 1 && (in_l2(n, k) || (short_panels(k) && isa::amd()));
 }

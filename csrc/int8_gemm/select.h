@@ -49,7 +49,7 @@ bool weight_only_stream(const Kernels& kernels, int64_t rows);
 bool in_l2(int64_t n, int64_t k);
 
 // True: tiles of so many rows (one or two) read one column panel after the other, false: four side by side.
-bool stream(int64_t rows, int64_t n, int64_t k);
+bool one_stream(int64_t rows, int64_t n, int64_t k);
 bool shuffle_stream(int64_t n, int64_t k);
 
 // Bytes that few-row tiles prefetch ahead of their use; 0 where the weights lie in L2, or the CPU is better at it.

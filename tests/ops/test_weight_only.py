@@ -257,7 +257,7 @@ def test_on_whatever(data: st.DataObject) -> None:
         assert same_bits(w.run(x, bias, activation), got)
 
 
-@pytest.mark.parametrize("kind", ["g32", "g128 affine"])
+@pytest.mark.parametrize("kind", ["g32", "g64", "g128 affine"])
 def test_few_rows_of_weights_beyond_l2_agree_on_every_level(kind: str) -> None:
     w, bias = Weight(kind, 1040, 4160), torch.randn(1040)
     for m in (1, 2, 3):

@@ -383,8 +383,8 @@ inline void steps(Sets<kSets, kCount>& s, const int8_t* w, const uint8_t* a) {
   if constexpr (kCount > 1) hold(b);
   step(s.sums, b, a + (kSets - 1) * kStepK);
 }
-// The same for one row, x by one load and four shuffles in place of four loads: from L2, loads are what there is least
-// of.
+
+// The same for one row, x by one load and four shuffles in place of four loads: from L2 the load pipes are the bound.
 inline void shuffled_steps(Sets<0, 1>&, const int8_t*, const uint8_t*) {}
 template <int kSets>
 inline void shuffled_steps(Sets<kSets, 1>& s, const int8_t* w, const uint8_t* a) {
@@ -397,6 +397,7 @@ inline void shuffled_steps(Sets<kSets, 1>& s, const int8_t* w, const uint8_t* a)
   load(b, w + kStep * kStepBytes, 0);
   multiply_add(s.sums.row, b, x);
 }
+
 template <int kCount>
 inline void add(Sums<kCount, 1>&, const Sets<0, kCount>&) {}
 template <int kSets, int kCount>
@@ -444,7 +445,7 @@ __attribute__((always_inline)) inline void stream(const TileArgs& t, const Put& 
   }
 }
 
-// put(n, sum)
+// One row; put(n, sum).
 template <class Put>
 inline void stream_row(const TileArgs& t, const Put& put) {
   const auto put_row = [&](int64_t n, const Sums<1, 1>& sums) __attribute__((always_inline)) {
@@ -459,8 +460,6 @@ inline void stream_row(const TileArgs& t, const Put& put) {
   else
     stream<1, 8, Stream::kPlain>(t, put_row);
 }
-
-bool is_stream(const TileArgs& t) { return t.rows == 1 && t.stream; }
 
 void tile_stream(const TileArgs& t) {
   int32_t* const acc = t.acc;
@@ -561,7 +560,7 @@ bool tile_to_y(const TileArgs& t, const EpilogueArgs& e) {
   if (e.dtype != DType::f32 || e.requantize || e.residual != nullptr ||
       !(relu || e.activation == fs::Activation::none) || e.columns != t.columns)
     return false;
-  if (is_stream(t)) {
+  if (t.rows == 1 && t.stream) {
     if (relu)
       tile_stream_to_y<true>(t, e);
     else

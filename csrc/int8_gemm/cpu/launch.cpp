@@ -76,7 +76,7 @@ void for_each_tile(const Kernels& kernels, const ChunkScratch& s, int64_t rows, 
   t.acc = s.acc;
   t.acc_stride = kMaxTileColumns;
   t.in_l2 = in_l2(w.n, w.k);
-  t.stream = stream(tile_rows, w.n, w.k);
+  t.stream = one_stream(tile_rows, w.n, w.k);
   t.shuffle = shuffle_stream(w.n, w.k);
   t.prefetch_ahead = prefetch_ahead(kernels, tile_rows, w.n, w.k);
   t.prefetch_pages = prefetch_pages(w.n, w.k);

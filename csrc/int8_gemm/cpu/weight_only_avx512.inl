@@ -245,8 +245,7 @@ void tile_panels(const GroupTileArgs& t) {
   if constexpr (kInRegisters) store_sums(acc, t.acc);
 }
 
-// sum + w * the 4 k at x. By mnemonic: gcc 12 makes an instruction of its own of each broadcast, which costs a load's
-// place and an entry of the reorder buffer, whose depth is what DRAM is read by.
+// sum + w * the 4 k at x. By mnemonic: gcc 12 makes an instruction of its own of each broadcast.
 WO_INLINE __m512i dot_broadcast(__m512i sum, __m512i w_u8, const int8_t* x) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w_u8), "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
   return sum;
