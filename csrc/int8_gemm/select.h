@@ -39,6 +39,10 @@ int64_t packed_columns(int64_t k, bool one_chunk);
 // True: threads share the rows; false: they share the columns and each quantizes all of x.
 bool split_rows(const Kernels& kernels, int64_t m, int64_t n, int64_t k);
 
+// weight_only_linear with a bitmap: what the CPU and the cap in force allow, or null.
+const BitmapKernels* bitmap_kernels();
+int64_t bitmap_prefetch_ahead(int64_t weight_bytes);  // bytes of codes, 0: the pack lies in L2
+
 // weight_only_linear: rows of x that are quantized and multiplied at a time.
 int64_t weight_only_rows(const Kernels& kernels, int64_t m);
 

@@ -5,6 +5,7 @@
 //                x_scale[m,g] = max(absmax / 127, FLT_MIN), 1 for a group of zeros, NaN (and codes 0) for a group with
 //                a NaN or an infinity, so that its whole row of y is NaN; x_q in [-127, 127]
 //     w          u4 packs (formats/u4.h): G = 32, 64 or 128; code - zero_point, w_scale[n,g] float16
+//                bitmap_u4 packs (formats/bitmap_u4.h): the same without its zeros, and the same bits
 //                vnni16 packs (formats/vnni16.h): s8, G = 128, w_scale[n] float32, the same for all g
 //     isum[g]    the exact integer sum of x_q * w over the group, |isum| <= 128 * 127 * 128 < 2^24
 //     sum        0; then for g = 0, 1, ...: sum = fma(float(isum[g]), x_scale[m,g] * w_scale[n,g], sum)
@@ -13,7 +14,8 @@
 //   to 8 bits beside its neighbours of 128 k at most: its error lies far below that of 4-bit, and below that of 8-bit
 //   weights.
 //
-// Three steps: quantize (x to codes), tile_u4 or tile_s8 (sums), finish (sums to y).
+// Three steps: quantize (x to codes), tile_u4 or tile_s8 (sums), finish (sums to y). A bitmap has a tile of its own for
+// few rows on VBMI2 (BitmapKernels); elsewhere its cells are made in scratch, 64 columns at a time, for tile_u4.
 //
 // An x panel holds `rows` rows, in blocks of kBlockK k, so that inside a tile a row's address is a constant
 // displacement:
@@ -68,6 +70,32 @@ struct GroupTileArgs {
   int64_t prefetch_pages;  // > 0: in the place of that, where a tile can, the beginnings of pages so many pages ahead
 };
 
+// A bitmap_u4 pack, taken apart. Its bytes may be anything once header and size have passed: a position in the codes is
+// held below the total at least once in four cells, behind which there is room for those.
+struct BitmapU4 {
+  int64_t n, k, group;
+  int64_t total;           // bytes of codes
+  const uint64_t* offset;  // [panels + 1], first byte of each column panel
+  const uint64_t* mask;    // [panels][cells()][2]
+  const uint16_t* scale;   // f16 [panels][groups()][16]
+  const uint8_t* code;
+  int64_t groups() const { return (k + group - 1) / group; }
+  int64_t cells() const { return groups() * group / 8; }  // of 8 k in a panel of 16 columns
+  int64_t begin(int64_t panel) const {
+    return offset[panel] < static_cast<uint64_t>(total) ? static_cast<int64_t>(offset[panel]) : total;
+  }
+};
+
+// What VBMI2 does with a bitmap.
+struct BitmapKernels {
+  int max_rows;                                                        // of tile
+  void (*tile)(const GroupTileArgs&, const BitmapU4&, int64_t panel);  // in the place of tile_u4
+  void (*cells)(const BitmapU4&, int64_t panel, uint8_t* out);  // the panel's cells as in u4, w.cells() * 64 bytes
+};
+#if defined(__x86_64__)
+extern const BitmapKernels kBitmapAvx512Vbmi2;  // cpu/weight_only_avx512vbmi2.cpp
+#endif
+
 struct FinishArgs {
   const float* acc;  // [rows][kWeightOnlyColumns]
   int64_t rows, columns;
@@ -97,7 +125,9 @@ struct WeightOnlyArgs {
   const float* weight_scale;  // [n] for a vnni16 pack, null for a u4 pack
   const float* bias;          // [n] or null
   Activation activation;
-  void* y;  // [m, n], contiguous
+  void* y;                                        // [m, n], contiguous
+  const BitmapU4* bitmap = nullptr;               // a bitmap_u4 pack in the place of weight and weight_scale
+  const BitmapKernels* bitmap_kernels = nullptr;  // what the CPU has for one: null: nothing
 };
 
 struct Kernels;

@@ -7,12 +7,14 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../runtime/checks.h"
 #if defined(FASTSPARSE_WITH_CUDA)
 #include "../runtime/cuda/torch_stream.h"
 #include "cuda/sm80.h"
 #endif
+#include "formats/bitmap_u4.h"
 #include "formats/u4.h"
 #include "formats/vnni16.h"
 #include "int8_gemm.h"
@@ -36,8 +38,17 @@ const uint8_t* pack_data(const char* op, const char* name, const Tensor& t) {
 // The rows of x and everything but the weight, checked, with the tensors that keep their memory alive.
 struct Checked {
   WeightOnlyArgs args;
+  BitmapU4 bitmap;  // group 0: the weight is none
   Tensor rows, scales, bias, y;
 };
+
+// The pack says that it is a bitmap_u4; whether it is one is for bitmap_u4::header_error().
+bool is_bitmap(const uint8_t* pack, int64_t bytes) {
+  PackHeader h;
+  if (bytes < kPackHeaderBytes) return false;
+  std::memcpy(&h, pack, sizeof h);
+  return std::memcmp(h.magic, "fspk", 4) == 0 && h.format == bitmap_u4::kFormat;
+}
 
 // A u4 pack in device memory, whose header the kernels read: N is what the caller says, and the length must be that of
 // one of the kinds.
@@ -64,6 +75,7 @@ Checked check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   check_same_device(kOp, "weight", weight, x);
   const uint8_t* pack = pack_data(kOp, "weight", weight);
   int64_t pack_n, pack_k = k;
+  BitmapU4 bitmap{};
   if (weight_scale.has_value()) {
     check_same_device(kOp, "weight_scale", *weight_scale, x);
     check_dtype(kOp, "weight_scale", *weight_scale, ScalarType::Float);
@@ -84,10 +96,14 @@ Checked check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   } else {
     u4::Layout layout{};
     std::string error;
-    if (x.is_cpu())
-      error = u4::header_error(pack, weight.numel(), &layout);
-    else
+    if (!x.is_cpu()) {
       layout = device_layout(weight, n, k, bias);
+    } else if (is_bitmap(pack, weight.numel())) {
+      error = bitmap_u4::header_error(pack, weight.numel(), &bitmap);
+      layout = bitmap_u4::layout(bitmap);
+    } else {
+      error = u4::header_error(pack, weight.numel(), &layout);
+    }
     if (!error.empty())
       fail(kOp, "weight must be a u4 pack where weight_scale is None (a vnni16 pack needs one): " + error);
     pack_n = layout.n;
@@ -113,6 +129,7 @@ Checked check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   for (int64_t i = 0; i + 1 < dims; ++i) m *= shape[i] = x.size(i);
   shape[dims - 1] = pack_n;
   Checked c{{},
+            bitmap,
             strided_matrix ? x : as_contiguous(x),
             weight_scale.has_value() ? as_contiguous(*weight_scale) : x,
             bias.has_value() ? as_contiguous(*bias) : x,
@@ -134,7 +151,11 @@ Checked check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 Tensor linear_cpu(Tensor x, Tensor weight, std::optional<Tensor> weight_scale, int64_t n, std::optional<Tensor> bias,
                   int64_t activation) {
   check_cpu(kOp, "x", x);
-  const Checked c = check(x, weight, weight_scale, n, bias, activation);
+  Checked c = check(x, weight, weight_scale, n, bias, activation);
+  if (c.bitmap.group != 0) {
+    c.args.bitmap = &c.bitmap;
+    c.args.bitmap_kernels = bitmap_kernels();
+  }
   weight_only_linear(select(), c.args);
   return c.y;
 }
@@ -211,41 +232,77 @@ Tensor u4_pack_cpu(Tensor codes, Tensor scale, std::optional<Tensor> zero_point,
   return out;
 }
 
-u4::Layout valid_u4(const char* op, const Tensor& pack) {
+// A u4 pack, or what a bitmap_u4 pack holds as one.
+struct Dense {
+  u4::Layout layout;
+  const uint8_t* pack;
+  std::vector<uint8_t> made;
+};
+
+Dense dense_u4(const char* op, const Tensor& pack) {
   check_cpu(op, "pack", pack);
-  u4::Layout layout{};
-  const std::string error = u4::header_error(pack_data(op, "pack", pack), pack.numel(), &layout);
+  Dense dense{{}, pack_data(op, "pack", pack), {}};
+  std::string error;
+  if (is_bitmap(dense.pack, pack.numel())) {
+    BitmapU4 w{};
+    error = bitmap_u4::header_error(dense.pack, pack.numel(), &w);
+    if (error.empty()) {
+      PackHeader h;
+      std::memcpy(&h, dense.pack, sizeof h);
+      dense.layout = bitmap_u4::layout(w);
+      dense.made = bitmap_u4::unpack(w, h.nonzeros);
+      dense.pack = dense.made.data();
+    }
+  } else {
+    error = u4::header_error(dense.pack, pack.numel(), &dense.layout);
+  }
   if (!error.empty()) fail(op, "pack must be a u4 pack: " + error);
-  return layout;
+  return dense;
 }
 
 int64_t u4_validate_cpu(Tensor pack) {
-  const u4::Layout layout = valid_u4("u4_validate", pack);
-  const std::string error = u4::content_error(layout, static_cast<const uint8_t*>(pack.const_data_ptr()));
-  if (!error.empty()) fail("u4_validate", "pack must be a u4 pack: " + error);
-  return layout.n;
+  constexpr const char* kValidate = "u4_validate";
+  const Dense dense = dense_u4(kValidate, pack);
+  const auto* bytes = static_cast<const uint8_t*>(pack.const_data_ptr());
+  const std::string error =
+      dense.pack == bytes ? u4::content_error(dense.layout, bytes) : bitmap_u4::content_error(bytes, pack.numel());
+  if (!error.empty()) fail(kValidate, "pack must be a u4 pack: " + error);
+  return dense.layout.n;
 }
 
 // Codes s8, or u8 if affine; scale f16; zero points u8, of no elements if symmetric.
 std::tuple<Tensor, Tensor, Tensor> u4_unpack_cpu(Tensor pack, int64_t n, int64_t k, int64_t group, bool affine) {
-  const u4::Layout l = valid_u4("u4_unpack", pack);
+  const Dense dense = dense_u4("u4_unpack", pack);
+  const u4::Layout& l = dense.layout;
   if (l.n != n || l.k != k || l.group != group || l.affine != affine)
     fail("u4_unpack", "pack must be of " + sides(n, k) + " in groups of " + std::to_string(group) + ", got " +
                           sides(l.n, l.k) + " in groups of " + std::to_string(l.group));
   Tensor codes = empty(pack, std::array{n, k}.data(), 2, affine ? ScalarType::Byte : ScalarType::Char);
   Tensor scale = empty(pack, std::array{n, l.groups()}.data(), 2, ScalarType::Half);
   Tensor zero = empty(pack, std::array{affine ? n : 0, l.groups()}.data(), 2, ScalarType::Byte);
-  u4::unpack(l, static_cast<const uint8_t*>(pack.const_data_ptr()), static_cast<uint8_t*>(codes.mutable_data_ptr()),
+  u4::unpack(l, dense.pack, static_cast<uint8_t*>(codes.mutable_data_ptr()),
              static_cast<uint16_t*>(scale.mutable_data_ptr()), static_cast<uint8_t*>(zero.mutable_data_ptr()));
   return {codes, scale, zero};
 }
 
 // (code - zero point) * scale in float32.
 Tensor u4_dequantize_cpu(Tensor pack, int64_t n, int64_t k) {
-  const u4::Layout l = valid_u4("u4_dequantize", pack);
+  const Dense dense = dense_u4("u4_dequantize", pack);
+  const u4::Layout& l = dense.layout;
   if (l.n != n || l.k != k) fail("u4_dequantize", "pack must be of " + sides(n, k) + ", got " + sides(l.n, l.k));
   Tensor out = empty(pack, std::array{n, k}.data(), 2, ScalarType::Float);
-  u4::dequantize(l, static_cast<const uint8_t*>(pack.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()));
+  u4::dequantize(l, dense.pack, static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
+// A symmetric u4 pack -> the same without its zeros.
+Tensor bitmap_u4_pack_cpu(Tensor pack) {
+  constexpr const char* kPack = "bitmap_u4_pack";
+  const Dense dense = dense_u4(kPack, pack);
+  if (dense.layout.affine) fail(kPack, "pack must be symmetric (int4), got one with zero points");
+  const std::vector<uint8_t> bytes = bitmap_u4::pack(dense.layout, dense.pack);
+  Tensor out = empty_pack(pack, static_cast<int64_t>(bytes.size()));
+  std::memcpy(out.mutable_data_ptr(), bytes.data(), bytes.size());
   return out;
 }
 
@@ -263,6 +320,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
   m.def("u4_validate(Tensor pack) -> int");
   m.def("u4_unpack(Tensor pack, int n, int k, int group_size, bool affine) -> (Tensor, Tensor, Tensor)");
   m.def("u4_dequantize(Tensor pack, int n, int k) -> Tensor");
+  m.def("bitmap_u4_pack(Tensor pack) -> Tensor");  // the others take what it makes, too
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsparse, CUDA, m) {
@@ -277,4 +335,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastsparse, CPU, m) {
   m.impl("u4_validate", TORCH_BOX(&fs::int8_gemm::u4_validate_cpu));
   m.impl("u4_unpack", TORCH_BOX(&fs::int8_gemm::u4_unpack_cpu));
   m.impl("u4_dequantize", TORCH_BOX(&fs::int8_gemm::u4_dequantize_cpu));
+  m.impl("bitmap_u4_pack", TORCH_BOX(&fs::int8_gemm::bitmap_u4_pack_cpu));
 }

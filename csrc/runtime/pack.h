@@ -9,9 +9,9 @@ namespace fs {
 
 struct PackHeader {
   char magic[4];
-  uint16_t format;  // int8_gemm: 1 vnni16, 6 u4; sparse_matmul: 2 bitmap32, 3 sell16, 4 panels128, 5 nm24, 8 sell8,
-                    // 9 blocks, 10 nm, 11 bitmap_s8, 12 blocks_s8, 13 pair, 14 blocks16, 15 structure,
-                    // 16 windows_s8, 17 sell4
+  uint16_t format;  // int8_gemm: 1 vnni16, 6 u4, 18 bitmap_u4; sparse_matmul: 2 bitmap32, 3 sell16, 4 panels128,
+                    // 5 nm24, 8 sell8, 9 blocks, 10 nm, 11 bitmap_s8, 12 blocks_s8, 13 pair, 14 blocks16,
+                    // 15 structure, 16 windows_s8, 17 sell4
   uint16_t version;
   uint32_t dtype;  // 1: s8, 2: f32, 3: f16, 4: bf16, 5: u4 around 8, 6: u4 with zero points
   uint32_t block;  // of the format's own meaning

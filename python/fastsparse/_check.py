@@ -135,6 +135,15 @@ def _weight_only(device: torch.device) -> Case:
             expected = reference.weight_only_linear(x, nibbles, scales, bias, activation, zero_point, group)
             kind = f"int4 in groups of {group}{'' if symmetric else ', zero points'}"
             yield f"{what} {kind} {activation}", _error(got.cpu(), expected) / _WEIGHT_ONLY_TOLERANCE
+            if symmetric and device.type == "cpu":
+                nibbles *= torch.rand(n, k, generator=generator) >= 0.5
+                dense, sparse = (
+                    ops.pack(nibbles, format, scale=scales, group_size=group) for format in ("u4", "bitmap_u4")
+                )
+                got, same = (ops.weight_only_linear(x, each, bias, activation) for each in (sparse, dense))
+                expected = reference.weight_only_linear(x, nibbles, scales, bias, activation, None, group)
+                error = _error(got, expected) / _WEIGHT_ONLY_TOLERANCE
+                yield f"{what} {kind}, bitmap {activation}", error if torch.equal(got, same) else float("inf")
 
 
 # (rows, classes): round the group of 16 lanes and the chunk of 1024, and beyond what a row keeps of its exponentials

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/int8_gemm/formats/bitmap_u4.h"
 #include "../../csrc/int8_gemm/formats/u4.h"
 #include "../../csrc/int8_gemm/formats/vnni16.h"
 #include "../../csrc/int8_gemm/int8_gemm.h"
@@ -188,8 +189,13 @@ void check_weight_only(const std::vector<const Kernels*>& rows) {
   Guarded pack(static_cast<size_t>(bytes), 0xee, pick({0, 8}));  // a mapped file promises no more than 8
   std::vector<uint8_t> codes(static_cast<size_t>(n * k));
   const bool extreme = uniform(0, 3) == 0;
+  const int zeros = static_cast<int>(pick({0, 50, 90, 100}));
+  Guarded sparse(0, 0);
+  BitmapU4 bitmap{};
   if (u4) {
     for (uint8_t& c : codes) c = static_cast<uint8_t>(extreme ? (affine ? 15 : -8) : uniform(0, 15) - (affine ? 0 : 8));
+    if (!affine)
+      for (uint8_t& c : codes) c = uniform(0, 99) < zeros ? uint8_t{0} : c;
     std::vector<uint16_t> scale(static_cast<size_t>(n * layout.groups()));
     std::vector<uint8_t> zero(scale.size());
     for (uint16_t& s : scale) s = static_cast<uint16_t>(uniform(0, 1) * 0x8000 + uniform(0, 0x3fff));
@@ -203,6 +209,15 @@ void check_weight_only(const std::vector<const Kernels*>& rows) {
     fs::u4::unpack(layout, pack.data(), codes_back.data(), scale_back.data(), zero_back.data());
     if (codes_back != codes || scale_back != scale || (affine && zero_back != zero))
       fail(*rows.front(), "u4 " + shape(m, n, k) + ": unpack gives something else");
+    if (!affine) {
+      const std::vector<uint8_t> bytes_of_it = fs::bitmap_u4::pack(layout, pack.data());
+      const auto length = static_cast<int64_t>(bytes_of_it.size());
+      sparse = Guarded(bytes_of_it.size(), 0xee, pick({0, 8}));
+      std::memcpy(sparse.data(), bytes_of_it.data(), bytes_of_it.size());
+      if (!fs::bitmap_u4::header_error(sparse.data(), length, &bitmap).empty() ||
+          !fs::bitmap_u4::content_error(sparse.data(), length).empty())
+        fail(*rows.front(), "bitmap_u4 " + shape(m, n, k) + ": its own pack is refused");
+    }
   } else {
     for (uint8_t& c : codes) c = static_cast<uint8_t>(extreme ? -128 : uniform(-128, 127));
     fs::vnni16::pack(reinterpret_cast<const int8_t*>(codes.data()), k, 1, n, k, pack.data());
@@ -236,6 +251,18 @@ void check_weight_only(const std::vector<const Kernels*>& rows) {
       expected = got;
     else if (got != expected)
       fail(*row, what + ": differs from scalar");
+    if (!u4 || affine) continue;
+    for (const BitmapKernels* fast : {static_cast<const BitmapKernels*>(nullptr), bitmap_kernels()}) {
+      Guarded z(y.bytes, 0x5a);
+      WeightOnlyArgs b = a;
+      b.y = z.data();
+      b.bitmap = &bitmap;
+      b.bitmap_kernels = fast;
+      weight_only_linear(*row, b);
+      if (!z.margins_intact() || comparable(z, a.dtype) != expected)
+        fail(*row,
+             what + ", bitmap " + (fast == nullptr ? "plain" : "VBMI2") + ": differs from u4, or wrote outside y");
+    }
   }
 }
 

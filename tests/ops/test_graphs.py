@@ -68,6 +68,7 @@ def test_compile_every_public_function(name: str) -> None:
 
 
 OPERATORS: dict[str, tuple[Any, ...]] = {
+    "bitmap_u4_pack": (U4,),
     "csr_to_dense": (CROW, COL, VALUES, N, K),
     "dequantize": (CODES, STEP, POINT),
     "distill_loss": (GRAD, GRAD.flip(0), TARGET, 2.0, 0.5, -100),

@@ -23,7 +23,8 @@ from support import forced, guarded, isa_levels, same_bits, strided, threads
 raw = torch.ops.fastsparse
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [None, "relu", "gelu", "silu"]
-KINDS = ["s8", "g32", "g64", "g128", "g32 affine", "g64 affine", "g128 affine"]
+BITMAPS = ["g32 bitmap", "g64 bitmap", "g128 bitmap"]  # bitmap_u4: u4 without its zeros
+KINDS = ["s8", "g32", "g64", "g128", "g32 affine", "g64 affine", "g128 affine", *BITMAPS]
 # (N, K): empty, less than a panel, round panels of 16 and tiles of 32 and 64, groups and blocks with a remainder
 SHAPES = [(3, 0), (1, 1), (5, 3), (16, 32), (17, 31), (31, 129), (33, 64), (64, 128), (65, 260), (100, 516), (129, 97)]
 
@@ -51,7 +52,13 @@ class Weight:
         else:
             low, high = {"random": (-8, 7), "min": (-8, -8), "max": (7, 7)}[fill]
             self.codes = torch.randint(low, high + 1, (n, k), dtype=torch.int8)
-        self.pack = ops.pack(self.codes, "u4", scale=self.scale, zero_point=self.zero_point, group_size=self.group)
+        self.format = "bitmap_u4" if "bitmap" in kind else "u4"
+        if self.format == "bitmap_u4" and fill == "random":  # columns of no zeros, of half, of nine in ten, and of none
+            self.codes *= torch.rand(n, k) * 10 >= torch.tensor([0, 5, 5, 9, 10])[torch.arange(n) % 5, None]
+        self.pack = self.packed(self.format)
+
+    def packed(self, format: str) -> Tensor:
+        return ops.pack(self.codes, format, scale=self.scale, zero_point=self.zero_point, group_size=self.group)
 
     def run(self, x: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
         return ops.weight_only_linear(x, self.pack, bias, activation, self.scale_argument)
@@ -122,9 +129,21 @@ def test_against_the_oracle(isa: str, kind: str) -> None:
                 assert_right(w, x, bias, None, w.run(x, bias), (n, k, m))
 
 
+@pytest.mark.parametrize("kind", BITMAPS)
+@pytest.mark.parametrize("isa", isa_levels())
+def test_a_bitmap_gives_the_bits_of_u4(isa: str, kind: str) -> None:
+    with forced(isa):
+        for n, k in (*SHAPES, (200, 4160)):
+            w, bias = Weight(kind, n, k), torch.randn(n)
+            dense = w.packed("u4")
+            for m in (0, 1, 2, 3, 4, 5, 9, 50):
+                x = awkward(m, k, DTYPES[m % 3])
+                assert same_bits(w.run(x, bias), ops.weight_only_linear(x, dense, bias)), (n, k, m)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["s8", "g32", "g128 affine"])
+@pytest.mark.parametrize("kind", ["s8", "g32", "g128 affine", "g64 bitmap"])
 @pytest.mark.parametrize("isa", isa_levels())
 def test_types_and_activations(isa: str, kind: str, dtype: torch.dtype, activation: str | None) -> None:
     w, bias = Weight(kind, 37, 150), torch.randn(37)
@@ -149,7 +168,7 @@ def test_extreme_codes_are_exact(isa: str, kind: str, fill: str) -> None:
 
 
 @pytest.mark.parametrize("fill", ["min", "max"])
-@pytest.mark.parametrize("kind", ["s8", "g32", "g128 affine"])
+@pytest.mark.parametrize("kind", ["s8", "g32", "g128 affine", "g64 bitmap"])
 @pytest.mark.parametrize("isa", isa_levels())
 def test_extreme_codes_at_the_limit_of_k(isa: str, kind: str, fill: str) -> None:
     k = 131071
@@ -179,7 +198,7 @@ def test_levels_agree_to_the_bit(kind: str, dtype: torch.dtype) -> None:
                 assert all(same_bits(result, results[-1]) for result in results), (n, k, m, activation)
 
 
-@pytest.mark.parametrize("kind", ["s8", "g32", "g128 affine"])
+@pytest.mark.parametrize("kind", ["s8", "g32", "g128 affine", "g64 bitmap"])
 @pytest.mark.parametrize("isa", isa_levels())
 def test_rows_and_threads_change_no_bit(isa: str, kind: str) -> None:
     w, bias, x = Weight(kind, 300, 700), torch.randn(300), torch.randn(61, 700)
@@ -223,7 +242,7 @@ def test_leading_dimensions_and_strides() -> None:
 
 
 def test_no_input_columns_leave_the_bias() -> None:
-    for kind in ("s8", "g32", "g64 affine"):
+    for kind in ("s8", "g32", "g64 affine", "g64 bitmap"):
         w, bias = Weight(kind, 5, 0), torch.randn(5)
         assert torch.equal(w.run(torch.empty(3, 0), bias), bias.expand(3, 5))
         assert torch.equal(w.run(torch.empty(3, 0)), torch.zeros(3, 5))
@@ -257,7 +276,7 @@ def test_on_whatever(data: st.DataObject) -> None:
         assert same_bits(w.run(x, bias, activation), got)
 
 
-@pytest.mark.parametrize("kind", ["g32", "g64", "g128 affine"])
+@pytest.mark.parametrize("kind", ["g32", "g64", "g128 affine", "g128 bitmap"])
 def test_few_rows_of_weights_beyond_l2_agree_on_every_level(kind: str) -> None:
     w, bias = Weight(kind, 1040, 4160), torch.randn(1040)
     for m in (1, 2, 3):
@@ -273,7 +292,7 @@ def test_few_rows_of_weights_beyond_l2_agree_on_every_level(kind: str) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("isa", isa_levels())
 def test_warm_calls_allocate_no_scratch(isa: str, count: int) -> None:
-    calls = [(Weight(kind, 300, 500), torch.randn(m, 500)) for kind in ("s8", "g32", "g128 affine") for m in (1, 5, 60)]
+    calls = [(Weight(kind, 300, 500), torch.randn(m, 500)) for kind in KINDS[::3] for m in (1, 5, 60)]
     with forced(isa), threads(count):
         for w, x in calls * 2:
             w.run(x)
@@ -314,12 +333,56 @@ def restated(w: Weight) -> np.ndarray[Any, Any]:
     return np.frombuffer(header + payload, dtype=np.uint8)
 
 
+def restated_bitmap(w: Weight) -> np.ndarray[Any, Any]:
+    """The layout of csrc/int8_gemm/formats/bitmap_u4.h once more."""
+    assert w.group is not None
+    n, k = w.codes.shape
+    panels, groups = -(-n // 16), -(-k // w.group)
+    cells = groups * w.group // 8
+    values = np.zeros((panels * 16, groups * w.group), dtype=np.int8)
+    values[:n, :k] = w.codes.numpy()
+    # panel, cell, half, then the bits of a mask: column, k
+    values = values.reshape(panels, 16, cells, 2, 4).transpose(0, 2, 3, 1, 4).reshape(panels, cells, 2, 64)
+    masks = np.packbits(values != 0, axis=-1, bitorder="little")
+    offset, codes = [0], bytearray()
+    for panel in values:
+        for low, high in panel:
+            halves = [half[half != 0].astype(int) & 15 for half in (low, high)]
+            row = np.zeros((2, max(map(len, halves))), dtype=np.uint8)
+            for h in range(2):
+                row[h, : len(halves[h])] = halves[h]
+            codes += (row[0] | row[1] << 4).tobytes()
+        offset.append(len(codes))
+    scales = np.zeros((panels * 16, groups), dtype=np.float16)
+    scales[:n] = w.scale.numpy()
+    scales = scales.reshape(panels, 16, groups).transpose(0, 2, 1)
+    runs = [np.array(offset, dtype=np.uint64).tobytes(), masks.tobytes(), scales.tobytes(), bytes(codes), bytes(256)]
+    payload = b"".join(run + bytes(-len(run) % 64) for run in runs)
+    nonzeros = int(w.codes.count_nonzero())
+    header = HEADER.pack(b"fspk", 18, 1, 5, w.group, n, k, nonzeros, 64 + len(payload), bytes(16))
+    return np.frombuffer(header + payload, dtype=np.uint8)
+
+
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_pack_is_as_documented_to_the_byte(kind: str) -> None:
     for n, k in ((0, 5), *SHAPES):
         w = Weight(kind, n, k)
+        if kind in BITMAPS:
+            assert np.array_equal(w.pack.numpy(), restated_bitmap(w)), (n, k)
+            continue
         assert np.array_equal(w.pack.numpy(), restated(w)), (n, k)
         assert w.pack.numel() == u4_bytes(n, k, int(kind.split()[0][1:]), "affine" in kind)
+
+
+def test_a_bitmap_is_as_small_as_its_zeros_let_it_be() -> None:
+    sizes = []
+    for zeros in (0.5, 0.7):
+        codes = torch.randint(1, 8, (512, 2048), dtype=torch.int8) * (torch.rand(512, 2048) >= zeros)
+        scale = torch.ones(512, 16).half()
+        sparse, dense = (ops.pack(codes, f, scale=scale, group_size=128).numel() for f in ("bitmap_u4", "u4"))
+        sizes.append(sparse / dense)
+    assert sizes[0] < 0.81
+    assert sizes[1] < 0.62
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -333,7 +396,7 @@ def test_unpack_gives_everything_back(kind: str) -> None:
         assert (zero_point is None) == (w.zero_point is None)
         assert zero_point is None or (w.zero_point is not None and torch.equal(zero_point, w.zero_point))
         header = ops.describe(w.pack)
-        assert (header["format"], header["block"], header["n"], header["k"]) == ("u4", w.group, n, k)
+        assert (header["format"], header["block"], header["n"], header["k"]) == (w.format, w.group, n, k)
         assert header["dtype"] == ("uint4" if "affine" in kind else "int4")
         assert torch.equal(raw.u4_dequantize(w.pack, n, k).double(), w.dense().float().double())
         assert torch.equal(repack(w.pack), w.pack)
@@ -361,9 +424,25 @@ def test_damage_is_seen(seed: int, kind: str, data: st.DataObject) -> None:
         assert torch.equal(repack(pack), pack)
 
 
+@given(st.integers(0, 2**31), st.sampled_from(BITMAPS), st.sampled_from(isa_levels()), st.data())
+def test_damaged_bitmaps_give_numbers_and_read_nothing_outside(seed: int, kind: str, isa: str, data: Any) -> None:
+    """One changed byte behind the header: masks and codes that no longer fit, offsets that lead anywhere."""
+    torch.manual_seed(seed)
+    w = Weight(kind, 33, 300)
+    place, change = data.draw(st.integers(64, w.pack.numel() - 1)), data.draw(st.integers(1, 255))
+    w.pack[place] ^= change
+    inner = guarded(w.pack)
+    with forced(isa):
+        for m in (1, 3, 6):
+            assert ops.weight_only_linear(torch.randn(m, 300), inner).shape == (m, 33)  # type: ignore[arg-type]
+    with contextlib.suppress(ValueError):
+        assert torch.equal(repack(w.pack), w.pack)
+
+
 @pytest.mark.parametrize("change", [{0: 1}, {4: 1}, {6: 2}, {8: 1}, {12: 48}, {16: 1}, {24: 1}, {40: 1}, {50: 1}])
-def test_a_damaged_header_is_refused(change: dict[int, int]) -> None:
-    w = Weight("g64", 16, 64)
+@pytest.mark.parametrize("kind", ["g64", "g64 bitmap"])
+def test_a_damaged_header_is_refused(kind: str, change: dict[int, int]) -> None:
+    w = Weight(kind, 16, 64)
     pack = w.pack.clone()
     for place, value in change.items():
         pack[place] = value
@@ -433,7 +512,7 @@ def test_quantize_groups_of_nothing() -> None:
 # --- Torch: opcheck, compile, gradients -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["s8", "g32", "g64 affine"])
+@pytest.mark.parametrize("kind", ["s8", "g32", "g64 affine", "g64 bitmap"])
 def test_opcheck(kind: str) -> None:
     w, x, bias = Weight(kind, 9, 40), torch.randn(3, 40), torch.randn(9)
     torch.library.opcheck(raw.weight_only_linear.default, (x, w.pack, w.scale_argument, 9, bias, 2))
@@ -443,7 +522,7 @@ def test_opcheck(kind: str) -> None:
     torch.library.opcheck(raw.weight_only_linear_train.default, (grads[0], w.pack, w.scale_argument, 9))
 
 
-@pytest.mark.parametrize("kind", ["g32", "g64 affine"])
+@pytest.mark.parametrize("kind", ["g32", "g64 affine", "g64 bitmap"])
 def test_opcheck_the_packs(kind: str) -> None:
     w = Weight(kind, 9, 70)
     assert w.group is not None
@@ -462,7 +541,7 @@ def both_ways(run: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> tup
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("kind", ["s8", "g32", "g64 affine"])
+@pytest.mark.parametrize("kind", ["s8", "g32", "g64 affine", "g64 bitmap"])
 def test_compile_gives_the_same_bits(kind: str, with_bias: bool) -> None:
     torch._dynamo.reset()
     w = Weight(kind, 19, 40)
@@ -488,7 +567,7 @@ def test_compile_asks_for_out_features_where_it_must() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("kind", ["s8", "g32", "g128 affine"])
+@pytest.mark.parametrize("kind", ["s8", "g32", "g128 affine", "g64 bitmap"])
 def test_gradients(kind: str, activation: str | None, dtype: torch.dtype) -> None:
     w, x, bias = Weight(kind, 19, 150), torch.randn(4, 150).to(dtype), torch.randn(19)
     y, grad_x, grad_bias = both_ways(lambda x, b: w.run(x, b, activation), x, bias)
@@ -580,9 +659,19 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str]] = {
     "pack point shape": (packing(torch.uint8, zero_point=POINTS[:, :1]), "zero_point must have shape [5, 2]"),
     "pack no point": (packing(torch.uint8), "pack: weight must be int8, got uint8"),
     "pack signed and point": (packing(zero_point=POINTS), "pack: weight must be uint8, got int8"),
+    "pack bitmap without scale": (packing(format="bitmap_u4", scale=None), "must be given for the format 'bitmap_u4'"),
+    "pack bitmap and point": (
+        packing(format="bitmap_u4", zero_point=POINTS),
+        "pack: zero_point must be None for the format 'bitmap_u4'",
+    ),
+    "bitmap of affine": (
+        lambda: raw.bitmap_u4_pack(Weight("g32 affine", 5, 40).pack),
+        "bitmap_u4_pack: pack must be symmetric (int4), got one with zero points",
+    ),
+    "bitmap with scale": (weight_only("g32 bitmap", weight_scale=torch.ones(5)), "got format 18"),
     "pack scale for vnni16": (
         packing(format="vnni16"),
-        "pack: scale is for the format 'u4' alone, got one for 'vnni16'",
+        "pack: scale is for the formats 'u4' and 'bitmap_u4' alone, got one for 'vnni16'",
     ),
     "pack format": (
         packing(torch.uint8, format="vnni16"),
@@ -590,7 +679,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "scales of another": (
         lambda: ops.unpack_scales(Weight("s8", 5, 40).pack),
-        "unpack_scales: pack must be of the format u4",
+        "unpack_scales: pack must be of the format u4 or bitmap_u4, got vnni16",
     ),
     "groups": (lambda: ops.quantize_groups(torch.ones(3, 40), 33), "group_size must be 32, 64 or 128, got 33"),
     "groups dims": (lambda: ops.quantize_groups(torch.ones(40), 32), "weight must be a matrix [N, K], got weight[40]"),

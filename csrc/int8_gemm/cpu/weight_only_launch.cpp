@@ -4,6 +4,7 @@
 
 #include "../../runtime/parallel.h"
 #include "../../runtime/workspace.h"
+#include "../formats/bitmap_u4.h"
 #include "../formats/u4.h"
 #include "../formats/vnni16.h"
 #include "../int8_gemm.h"
@@ -15,7 +16,7 @@ namespace {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Either format as tiles read it.
+// Any format as tiles read it. Of a bitmap the codes are made in scratch.
 struct Weight {
   bool u4;
   int64_t group, groups;
@@ -29,6 +30,16 @@ struct Weight {
 
   explicit Weight(const WeightOnlyArgs& a) {
     u4 = a.weight_scale == nullptr;
+    if (a.bitmap != nullptr) {
+      group = a.bitmap->group;
+      groups = a.bitmap->groups();
+      codes = nullptr;
+      panel_stride = bitmap_u4::layout(*a.bitmap).panel_bytes();
+      scale = a.bitmap->scale;
+      scale_stride = groups * kPanelColumns;
+      bytes = a.bitmap->total + ceil_div(a.n, kPanelColumns) * a.bitmap->cells() * 16;
+      return;
+    }
     if (!u4) {
       group = kGroupS8;
       groups = ceil_div(a.k, group);
@@ -52,7 +63,8 @@ struct Weight {
   }
 };
 
-// A thread's scratch for one chunk of rows: codes, scales and sums of x, then one tile.
+// A thread's scratch for one chunk of rows: codes, scales and sums of x, then one tile, and the cells of a tile's
+// columns where they have to be made.
 struct Scratch {
   int8_t* codes;
   int64_t block_stride;
@@ -60,28 +72,37 @@ struct Scratch {
   int32_t* sum;
   int64_t group_stride;
   float* acc;
+  uint8_t* cells;
 
-  Scratch(int64_t rows, int64_t max_rows, const Weight& w) {
+  Scratch(int64_t rows, int64_t max_rows, const Weight& w, bool with_cells) {
     block_stride = rows * kBlockK;
     group_stride = rows;
     const int64_t code_bytes = ceil_div(w.groups * w.group, kBlockK) * block_stride;
     const int64_t group_bytes = round_up(w.groups * rows * 4, 64);
     const int64_t acc_bytes = max_rows * kWeightOnlyColumns * 4;
-    uint8_t* p = scratch(static_cast<size_t>(code_bytes + 2 * group_bytes + acc_bytes));
+    const int64_t cell_bytes = with_cells ? kWeightOnlyColumns / kPanelColumns * w.panel_stride : 0;
+    uint8_t* p = scratch(static_cast<size_t>(code_bytes + 2 * group_bytes + acc_bytes + cell_bytes));
     codes = reinterpret_cast<int8_t*>(p);
     scale = reinterpret_cast<float*>(p + code_bytes);
     sum = reinterpret_cast<int32_t*>(p + code_bytes + group_bytes);
     acc = reinterpret_cast<float*>(p + code_bytes + 2 * group_bytes);
+    cells = p + code_bytes + 2 * group_bytes + acc_bytes;
   }
 };
 
 int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// True: a bitmap whose tiles are not read as it is.
+bool makes_cells(const WeightOnlyArgs& a, int64_t rows) {
+  return a.bitmap != nullptr && (a.bitmap_kernels == nullptr || rows > a.bitmap_kernels->max_rows);
+}
 
 // Columns outside, row tiles inside: weights come from memory once a chunk.
 void multiply(const Kernels& kernels, const WeightOnlyArgs& a, const Weight& w, const Scratch& s, int64_t m,
               int64_t rows, int64_t n_begin, int64_t n_end) {
   const WeightOnlyKernels& k = *kernels.weight_only;
   const int64_t tile_rows = ceil_div(rows, ceil_div(rows, k.max_rows));  // even
+  const bool cells = makes_cells(a, rows), bitmap = a.bitmap != nullptr && !cells;
   const int64_t bytes = element_bytes(a.dtype);
   for (int64_t n = n_begin; n < n_end; n += kWeightOnlyColumns) {
     const int64_t columns = std::min<int64_t>(kWeightOnlyColumns, n_end - n);
@@ -90,6 +111,11 @@ void multiply(const Kernels& kernels, const WeightOnlyArgs& a, const Weight& w, 
     if (!w.u4) {
       std::copy_n(a.weight_scale + n, columns, scales);
       std::fill(scales + columns, scales + kWeightOnlyColumns, 0.0f);
+    }
+    if (cells) {
+      const auto make = a.bitmap_kernels != nullptr ? a.bitmap_kernels->cells : &bitmap_u4::cells;
+      for (int64_t i = 0; i < ceil_div(columns, kPanelColumns); ++i)
+        make(*a.bitmap, panel + i, s.cells + i * w.panel_stride);
     }
     for (int64_t row = 0; row < rows; row += tile_rows) {
       GroupTileArgs t;
@@ -103,7 +129,7 @@ void multiply(const Kernels& kernels, const WeightOnlyArgs& a, const Weight& w, 
       t.groups = w.groups;
       t.group = w.group;
       t.k_steps = vnni16::padded_k(a.k) / kStepK;
-      t.weight = w.codes + panel * w.panel_stride;
+      t.weight = cells ? s.cells : bitmap ? nullptr : w.codes + panel * w.panel_stride;
       t.panel_stride = w.panel_stride;
       t.scale = w.u4 ? w.scale + panel * w.scale_stride : nullptr;
       t.scale_stride = w.scale_stride;
@@ -111,10 +137,16 @@ void multiply(const Kernels& kernels, const WeightOnlyArgs& a, const Weight& w, 
       t.zero_stride = w.zero_stride;
       t.scale_f32 = w.u4 ? nullptr : scales;
       t.acc = s.acc;
-      t.stream = w.u4 && weight_only_stream(kernels, rows);
-      t.prefetch_ahead = row == 0 ? weight_only_prefetch_ahead(w.bytes, t.stream) : 0;
-      t.prefetch_pages = row == 0 ? weight_only_prefetch_pages(w.bytes) : 0;
-      (w.u4 ? k.tile_u4 : k.tile_s8)(t);
+      const bool far = row == 0 && !cells;
+      t.stream = w.u4 && !bitmap && weight_only_stream(kernels, rows);
+      t.prefetch_ahead = !far     ? 0
+                         : bitmap ? bitmap_prefetch_ahead(w.bytes)
+                                  : weight_only_prefetch_ahead(w.bytes, t.stream);
+      t.prefetch_pages = far ? weight_only_prefetch_pages(w.bytes) : 0;
+      if (bitmap)
+        a.bitmap_kernels->tile(t, *a.bitmap, panel);
+      else
+        (w.u4 ? k.tile_u4 : k.tile_s8)(t);
       FinishArgs f;
       f.acc = s.acc;
       f.rows = t.rows;
@@ -140,7 +172,7 @@ void weight_only_linear(const Kernels& kernels, const WeightOnlyArgs& args) {
   const int64_t part = round_up(ceil_div(args.n, threads), kWeightOnlyColumns);
   parallel_for(ceil_div(args.n, part), [&](int64_t begin, int64_t end) {
     const int64_t chunk = weight_only_rows(kernels, args.m);
-    const Scratch s(chunk, kernels.weight_only->max_rows, w);
+    const Scratch s(chunk, kernels.weight_only->max_rows, w, makes_cells(args, chunk));
     for (int64_t m = 0; m < args.m; m += chunk) {
       const int64_t rows = std::min(chunk, args.m - m);
       GroupQuantizeArgs q;

@@ -60,6 +60,10 @@ void pack(const Layout& l, const uint8_t* codes, int64_t stride_n, int64_t strid
       if (l.affine) pack[l.zero_offset() + slot * 8 + n % 8] |= static_cast<uint8_t>(n % 16 < 8 ? point : point << 4);
     }
   }
+  write_header(l, nonzeros, pack);
+}
+
+void write_header(const Layout& l, int64_t nonzeros, uint8_t* pack) {
   PackHeader header{};
   std::memcpy(header.magic, "fspk", 4);
   header.format = kFormat;
@@ -98,28 +102,40 @@ void dequantize(const Layout& l, const uint8_t* pack, float* weight) {
   }
 }
 
-std::string header_error(const uint8_t* pack, int64_t bytes, Layout* l) {
+std::string fields_error(const uint8_t* pack, int64_t bytes, uint16_t format, const char* name, uint16_t version,
+                         Layout* l) {
   if (bytes < kHeaderBytes) return "got " + std::to_string(bytes) + " bytes, a header alone has 64";
   PackHeader h;
   std::memcpy(&h, pack, sizeof h);
   if (std::memcmp(h.magic, "fspk", 4) != 0)
     return "got bytes that do not begin with \"fspk\"; make one with ops.pack()";
-  if (h.format != kFormat) return "got format " + std::to_string(h.format) + ", expected 6 (u4)";
-  if (h.version != kVersion)
-    return "got u4 version " + std::to_string(h.version) + ", this build reads version " + std::to_string(kVersion);
+  if (h.format != format)
+    return "got format " + std::to_string(h.format) + ", expected " + std::to_string(format) + " (" + name + ")";
+  if (h.version != version)
+    return "got " + std::string(name) + " version " + std::to_string(h.version) + ", this build reads version " +
+           std::to_string(version);
   if ((h.dtype != kDTypeSymmetric && h.dtype != kDTypeAffine) || !is_group(h.block))
     return "got dtype code " + std::to_string(h.dtype) + " and groups of " + std::to_string(h.block) +
            ", expected 5 or 6 and 32, 64 or 128";
   if (h.n < 0 || h.k < 0 || h.n >= kLargestSide || h.k >= kLargestSide)
     return "got a damaged header: a pack of " + shape(h.n, h.k);
-  const Layout layout{h.n, h.k, h.block, h.dtype == kDTypeAffine};
-  if (bytes != layout.bytes() || h.bytes != static_cast<uint64_t>(bytes))
-    return "got " + std::to_string(bytes) + " bytes (the header says " + std::to_string(h.bytes) + "), expected " +
-           std::to_string(layout.bytes()) + " for " + shape(h.n, h.k);
   if (h.nonzeros < 0 || h.nonzeros > h.n * h.k)
     return "got a damaged header: " + std::to_string(h.nonzeros) + " non-zeros";
   for (uint8_t byte : h.zero)
     if (byte != 0) return "got a damaged header: reserved bytes that are not zero";
+  *l = {h.n, h.k, h.block, h.dtype == kDTypeAffine};
+  return "";
+}
+
+std::string header_error(const uint8_t* pack, int64_t bytes, Layout* l) {
+  Layout layout{};
+  std::string error = fields_error(pack, bytes, kFormat, "u4", kVersion, &layout);
+  if (!error.empty()) return error;
+  PackHeader h;
+  std::memcpy(&h, pack, sizeof h);
+  if (bytes != layout.bytes() || h.bytes != static_cast<uint64_t>(bytes))
+    return "got " + std::to_string(bytes) + " bytes (the header says " + std::to_string(h.bytes) + "), expected " +
+           std::to_string(layout.bytes()) + " for " + shape(h.n, h.k);
   *l = layout;
   return "";
 }

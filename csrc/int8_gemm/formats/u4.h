@@ -75,9 +75,14 @@ void unpack(const Layout& l, const uint8_t* pack, uint8_t* codes, uint16_t* scal
 // The weight itself in float32, [n, k]: (code - zero point) * scale, one rounding.
 void dequantize(const Layout& l, const uint8_t* pack, float* weight);
 
+// The header of such a pack.
+void write_header(const Layout& l, int64_t nonzeros, uint8_t* pack);
+
 // What the header says, for callers that must learn n, k, group and kind from it. Reads the header alone. Empty if
 // `pack` (of `bytes` bytes) begins like a u4 v1 pack whose sizes agree; else what is wrong, for "... must be a u4
-// pack: ". Only after "" is *l set.
+// pack: ". Only after "" is *l set. fields_error(): the same but for the size, of a format with the same fields.
+std::string fields_error(const uint8_t* pack, int64_t bytes, uint16_t format, const char* name, uint16_t version,
+                         Layout* l);
 std::string header_error(const uint8_t* pack, int64_t bytes, Layout* l);
 
 // Beyond the header: every scale finite, padding as stated above, the count of non-zeros. Empty if all is well.

@@ -11,7 +11,7 @@ from fastsparse.ops import int8_gemm, sparse_int8, sparse_matmul, sparse_trainin
 from fastsparse.ops._pack import SHAPED, Rows, read_header
 
 _SPARSE_INT8 = (*sparse_int8.FORMATS, "sparse")
-_INT8 = ("vnni16", "u4", *_SPARSE_INT8)
+_INT8 = ("vnni16", *int8_gemm.FORMATS_4BIT, *_SPARSE_INT8)
 _FLOAT32 = (*sparse_matmul.FORMATS, *SHAPED)
 
 
@@ -32,10 +32,11 @@ def pack(
             out (a zero that is stored explicitly, too); float16 or bfloat16 [N, K], for `sparse_linear` on CUDA
             (of bfloat16 bitmap32, sell8 and panels128 on the CPU, too). 4-bit codes [N, K] for `weight_only_linear`:
             int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
-        format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h), or "u4" for 4-bit codes (formats/u4.h); for
-            `sparse_int8_linear` "bitmap_s8", "windows_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h,
-            windows_s8.h, blocks_s8.h in csrc/sparse_matmul), or "sparse": that of them which is the fastest for the
-            zeros and `rows`, measured as "auto" of float32. uint8: "u4".
+        format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h); for 4-bit codes "u4" (formats/u4.h) or, without their
+            zeros, "bitmap_u4" (formats/bitmap_u4.h: few rows, from about 50% zeros on); for `sparse_int8_linear`
+            "bitmap_s8", "windows_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, windows_s8.h, blocks_s8.h in
+            csrc/sparse_matmul), or "sparse": that of them which is the fastest for the zeros and `rows`, measured as
+            "auto" of float32. uint8: "u4".
             float32: "bitmap32", "sell16", "sell8", "sell8x32", "sell4" or "panels128" (csrc/sparse_matmul/formats); for
             zeros in blocks of outputs x k "blocks1x4", "blocks4x4", "blocks8x8", "blocks16x16" or "blocks16x1"
             (formats/blocks.h: any weight can be packed so, whole blocks with something in them are stored); for at
@@ -49,8 +50,8 @@ def pack(
             thumb).
         rows: rows of x to be expected; None: many. Every format serves any number, at its own speed. (few, many), for
             float32 and "auto": two formats may be kept in one pack, "pair", and each call takes the one for its rows.
-        scale: u4: float16 [N, ceil(K / group_size)]. zero_point: u4 of uint8 codes: uint8 of the same shape.
-        group_size: u4: 32, 64 or 128.
+        scale: u4, bitmap_u4: float16 [N, ceil(K / group_size)]. zero_point: u4 of uint8 codes: uint8 of the same shape.
+        group_size: u4, bitmap_u4: 32, 64 or 128.
 
     Returns:
         uint8 [bytes]: a plain tensor for state_dict, safetensors, deepcopy and torch.compile, same on every machine.
@@ -70,11 +71,11 @@ def pack(
         of = f" for {str(weight.dtype).removeprefix('torch.')}" if sparse or half or nibbles else ""
         raise ValueError(f"pack: format must be {names}{of}, got {format!r}")
     check_rows(rows)
-    if format == "u4" or nibbles:
-        return int8_gemm.pack_u4(weight, scale, zero_point, group_size)
+    if format in int8_gemm.FORMATS_4BIT or nibbles:
+        return int8_gemm.pack_u4(weight, scale, zero_point, group_size, "u4" if format == "auto" else format)
     for name, value in (("scale", scale), ("zero_point", zero_point), ("group_size", group_size)):
         if value is not None:
-            raise ValueError(f"pack: {name} is for the format 'u4' alone, got one for {format!r}")
+            raise ValueError(f"pack: {name} is for the formats 'u4' and 'bitmap_u4' alone, got one for {format!r}")
     if half:
         return sparse_matmul.pack_half(weight, format, rows)
     if format in _SPARSE_INT8 and not sparse:
@@ -102,7 +103,7 @@ def unpack(pack: Tensor, layout: torch.layout | str = torch.strided, values: Ten
             the memory of `values`.
 
     Returns:
-        [N, K] of the weight's dtype, dense; of u4 packs the codes (`unpack_scales` the rest).
+        [N, K] of the weight's dtype, dense; of u4 and bitmap_u4 packs the codes (`unpack_scales` the rest).
 
     Raises:
         ValueError: not a pack, a damaged one, or a layout or values that do not go with it.
@@ -121,7 +122,7 @@ def unpack(pack: Tensor, layout: torch.layout | str = torch.strided, values: Ten
             raise ValueError(f"unpack: layout must be torch.strided for {header['dtype']}, got {layout!r}")
         return sparse_training.to_layout(sparse_training.to_csr(unpack(pack), "unpack"), layout, "unpack")
     header = describe(pack)
-    if header["format"] == "u4":
+    if header["format"] in int8_gemm.FORMATS_4BIT:
         return int8_gemm.unpack_u4(pack, header)
     if header["dtype"] != "int8":
         return sparse_matmul.unpack_float(pack, header)
@@ -137,10 +138,10 @@ def repack(packed: Tensor) -> Tensor:
         return sparse_matmul.repack_pair(packed, header)
     if header["format"] == "structure":
         return sparse_training.repack_structure(packed, header)
-    if header["format"] != "u4":
+    if header["format"] not in int8_gemm.FORMATS_4BIT:
         return pack(unpack(packed), header["format"])
     scale, zero_point = int8_gemm.unpack_scales(packed)
-    return int8_gemm.pack_u4(unpack(packed), scale, zero_point, header["block"])
+    return int8_gemm.pack_u4(unpack(packed), scale, zero_point, header["block"], header["format"])
 
 
 def describe(pack: Tensor) -> dict[str, Any]:
@@ -148,8 +149,8 @@ def describe(pack: Tensor) -> dict[str, Any]:
     the most rows of x that the first of them serves.
 
     Reads and checks the header, and of a sparse float32 pack everything but the values (every index is in range), of an
-    nm24, blocks16, u4 or sparse int8 pack and of a structure every byte. Of u4, `block` is the group size and dtype
-    "int4" (symmetric) or "uint4" (zero points).
+    nm24, blocks16, u4, bitmap_u4 or sparse int8 pack and of a structure every byte. Of u4 and bitmap_u4, `block` is the
+    group size and dtype "int4" (symmetric) or "uint4" (zero points).
 
     Raises:
         ValueError: not a pack, of another version or format, truncated or damaged; the message says which.
@@ -158,7 +159,7 @@ def describe(pack: Tensor) -> dict[str, Any]:
     if header["format"] == "structure":
         sparse_training.read_indices(pack, "describe")
         return header
-    if header["format"] == "u4":
+    if header["format"] in int8_gemm.FORMATS_4BIT:
         return int8_gemm.describe_u4(pack, header)
     if header["dtype"] != "int8":
         return sparse_matmul.describe_float(pack, header)
