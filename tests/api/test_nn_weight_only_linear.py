@@ -21,6 +21,7 @@ KINDS: list[dict[str, Any]] = [
     {"bits": 4},
     {"bits": 4, "group_size": 32},
     {"bits": 4, "group_size": 128, "symmetric": False},
+    {"bits": 4, "group_size": 128, "sparse": True},
 ]
 
 
@@ -82,6 +83,22 @@ def test_repr() -> None:
         "WeightOnlyLinear(in_features=7, out_features=5, bias=True, activation=None, bits=4, group_size=64, "
         "symmetric=True)"
     )
+    assert repr(WeightOnlyLinear(7, 5, bits=4, sparse=True)).endswith("symmetric=True, sparse=True)")
+
+
+def test_a_sparse_layer_gives_the_bits_of_the_dense_one() -> None:
+    linear, x = nn.Linear(150, 37), torch.randn(3, 150)
+    with torch.no_grad():
+        linear.weight[torch.rand(37, 150) < 0.6] = 0
+    dense, sparse = (WeightOnlyLinear.from_linear(linear, 4, sparse=each) for each in (False, True))
+    assert torch.equal(dense(x), sparse(x))
+    assert ops.describe(sparse.weight)["format"] == "bitmap_u4"
+    assert "sparse" not in dense.config()
+    assert sparse.config()["sparse"] is True
+    with pytest.raises(RuntimeError, match=r"int4 in groups of 64, bitmap_u4 .* got a pack of int4 in groups of 64 "):
+        sparse.load_state_dict(dense.state_dict())
+    with pytest.raises(RuntimeError, match="got a pack of int4 in groups of 64, bitmap_u4"):
+        dense.load_state_dict(sparse.state_dict())
 
 
 @pytest.mark.parametrize("assign", [True, False])
@@ -94,7 +111,7 @@ def test_state_dict_round_trip(kind: dict[str, Any], assign: bool) -> None:
     assert same(layer, target)
     with torch.device("meta"):
         empty = WeightOnlyLinear(70, 19, **kind)
-    assert empty.weight.shape == layer.weight.shape
+    assert empty.weight.shape == layer.weight.shape or empty.sparse
     empty.load_state_dict(layer.state_dict(), assign=True)
     assert same(layer, empty)
 
@@ -207,6 +224,9 @@ def test_bad_input() -> None:
         (lambda: WeightOnlyLinear.from_linear(linear, 8, 32), "group_size must be None for 8 bits"),
         (lambda: WeightOnlyLinear.from_linear(linear, 4, 48), "group_size must be None, 32, 64 or 128, got 48"),
         (lambda: WeightOnlyLinear.from_linear(linear, 8, symmetric=False), "symmetric must be True for 8 bits"),
+        (lambda: WeightOnlyLinear.from_linear(linear, sparse=True), "sparse must be False for 8 bits, got True"),
+        (lambda: WeightOnlyLinear(8, 4, bits=4, symmetric=False, sparse=True), "sparse must be False with zero points"),
+        (lambda: WeightOnlyLinear(8, 4, bits=4, sparse=1), "sparse must be True or False, got 1"),  # type: ignore[arg-type]
         (lambda: WeightOnlyLinear.from_linear(linear, activation="tanh"), "activation must be None"),
         (lambda: WeightOnlyLinear.from_linear(nn.Linear(2, 3).double()), "must be float32, bfloat16 or float16"),
         (lambda: WeightOnlyLinear.from_linear(nn.Linear(2, 3, device="meta")), "linear must be on the CPU, got meta"),
