@@ -90,7 +90,8 @@ struct BitmapU4 {
 struct BitmapKernels {
   int max_rows;                                                        // of tile
   void (*tile)(const GroupTileArgs&, const BitmapU4&, int64_t panel);  // in the place of tile_u4
-  void (*cells)(const BitmapU4&, int64_t panel, uint8_t* out);  // the panel's cells as in u4, w.cells() * 64 bytes
+  // The panel's cells as in u4, cells() * 64 bytes.
+  void (*cells)(const BitmapU4&, int64_t panel, int64_t prefetch_ahead, uint8_t* out);
 };
 #if defined(__x86_64__)
 extern const BitmapKernels kBitmapAvx512Vbmi2;  // cpu/weight_only_avx512vbmi2.cpp

@@ -112,11 +112,14 @@ void multiply(const Kernels& kernels, const WeightOnlyArgs& a, const Weight& w, 
       std::copy_n(a.weight_scale + n, columns, scales);
       std::fill(scales + columns, scales + kWeightOnlyColumns, 0.0f);
     }
-    if (cells) {
-      const auto make = a.bitmap_kernels != nullptr ? a.bitmap_kernels->cells : &bitmap_u4::cells;
-      for (int64_t i = 0; i < ceil_div(columns, kPanelColumns); ++i)
-        make(*a.bitmap, panel + i, s.cells + i * w.panel_stride);
-    }
+    if (cells)
+      for (int64_t i = 0; i < ceil_div(columns, kPanelColumns); ++i) {
+        uint8_t* out = s.cells + i * w.panel_stride;
+        if (a.bitmap_kernels != nullptr)
+          a.bitmap_kernels->cells(*a.bitmap, panel + i, bitmap_prefetch_ahead(w.bytes), out);
+        else
+          bitmap_u4::cells(*a.bitmap, panel + i, out);
+      }
     for (int64_t row = 0; row < rows; row += tile_rows) {
       GroupTileArgs t;
       t.x = s.codes + row * kBlockK;
