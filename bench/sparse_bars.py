@@ -192,6 +192,7 @@ def bitmap_memory(context: Context) -> list[Part]:
 
 INT8, INT8_DRAM = "sparse_int8_linear", "sparse_int8_linear from DRAM"
 INT8_DENSE, INT_MM = "fastsparse int8_linear", "torch._int_mm"
+INT4_DRAM, INT8_BITMAP = "weight_only_linear without zeros, from DRAM", "fastsparse bitmap_s8"
 INT8_FEW = ((768, 768), (4096, 4096), (4096, 11008))  # (K, N)
 INT8_MANY = ((768, 768), (4096, 4096))
 INT8_BLOCKS: tuple[tuple[str, int, int, int, float, float | None], ...] = (  # over INT_MM and over INT8_DENSE
@@ -235,6 +236,15 @@ def int8_bars() -> list[Bar]:
             "int8, M = 1, 70% zeros, from DRAM: times over our own int8_linear",
             int8(INT8_DRAM, INT8_DENSE, (1,), 1, 1, 70, FAR),
             2.2,
+            condition=vnni512,
+        )
+    )
+    found.append(
+        bar(
+            "int4-bitmap-m1-z50-DRAM",
+            "int4 bitmap over int8 bitmap, M = 1 from DRAM, 50%",
+            int8(INT4_DRAM, INT8_BITMAP, (1,), 1, 1, 50, FAR),
+            1.2,
             condition=vnni512,
         )
     )

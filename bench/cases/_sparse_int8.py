@@ -16,7 +16,10 @@ from bench.registry import Call, Check, case, peer
 
 DEFAULT = ("default",)
 FROM_DRAM = "sparse_int8_linear from DRAM"  # one row, weights in turn
+INT4_FROM_DRAM = "weight_only_linear without zeros, from DRAM"  # 4 bits in groups of GROUP, the same places zero
+GROUP = 128
 CASE, DENSE, INT_MM = "sparse_int8_linear", "fastsparse int8_linear", "torch._int_mm"
+INT8_BITMAP, DENSE_INT4 = "fastsparse bitmap_s8", "fastsparse u4"
 FEW = ((768, 768), (4096, 4096), (4096, 11008))  # (K, N)
 MANY = ((768, 768), (4096, 4096))
 BLOCKS = ((1, 4, 75), (4, 4, 75), (4, 4, 50), (1, 1, 90))  # (r, c, zeros)
@@ -36,6 +39,30 @@ def operands(m: int, k: int, n: int, r: int, c: int, zeros: int) -> tuple[Tensor
     weight *= live.repeat_interleave(r, 0).repeat_interleave(c, 1)[:n, :k]
     scale = (torch.rand(n, generator=g) + 0.5) / (74 * k**0.5)
     return torch.randn(m, k, generator=g), weight, scale, torch.randn(n, generator=g)
+
+
+@functools.lru_cache(maxsize=1)
+def int4(m: int, k: int, n: int, r: int, c: int, zeros: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales: the int8 weight in sixteenths, what is not zero rounded away from it."""
+    _, weight, scale, _ = operands(m, k, n, r, c, zeros)
+    codes = weight.sign() * ((weight.short().abs() + 8) // 16).clamp_(1, 7).to(torch.int8)
+    return codes, (16 * scale).half()[:, None].expand(n, -(-k // GROUP)).contiguous()
+
+
+@functools.lru_cache(maxsize=2)
+def int4_packed(format: str, m: int, k: int, n: int, r: int, c: int, zeros: int) -> Tensor:
+    from fastsparse import ops
+
+    codes, scale = int4(m, k, n, r, c, zeros)
+    return ops.pack(codes, format, scale=scale, group_size=GROUP)
+
+
+def int4_bytes(m: int, k: int, n: int, r: int, c: int, zeros: int) -> int:
+    return int4_packed("bitmap_u4", m, k, n, r, c, zeros).numel()
+
+
+def u4_bytes(m: int, k: int, n: int, r: int, c: int, zeros: int) -> int:
+    return int4_packed("u4", m, k, n, r, c, zeros).numel()
 
 
 def work(m: int, k: int, n: int, r: int, c: int, zeros: int) -> float:
@@ -76,6 +103,15 @@ def check_float(got: Tensor, m: int, k: int, n: int, r: int, c: int, zeros: int)
     return Check(error, 1e-5, "relative to unquantized float64, Frobenius norm")
 
 
+def check_int4(got: Tensor, m: int, k: int, n: int, r: int, c: int, zeros: int) -> Check:
+    from fastsparse import reference
+
+    x, _, _, bias = operands(m, k, n, r, c, zeros)
+    codes, scale = int4(m, k, n, r, c, zeros)
+    want = reference.weight_only_linear(x, codes, scale, bias, group_size=GROUP)
+    return Check(float((got.double() - want).norm() / want.norm()), 1e-5, "relative to the oracle, Frobenius norm")
+
+
 def _codes(m: int, k: int) -> Tensor:
     return torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=torch.Generator().manual_seed(m + k))
 
@@ -99,6 +135,34 @@ def ours(m: int, k: int, n: int, r: int, c: int, zeros: int) -> Call:
     x, _, scale, bias = operands(m, k, n, r, c, zeros)
     pack = packed(m, k, n, r, c, zeros).clone()
     return lambda: ops.sparse_int8_linear(x, pack, scale, bias)
+
+
+def our_int4(m: int, k: int, n: int, r: int, c: int, zeros: int) -> Call:
+    return _int4("bitmap_u4", m, k, n, r, c, zeros)
+
+
+def dense_int4(m: int, k: int, n: int, r: int, c: int, zeros: int) -> Call:
+    return _int4("u4", m, k, n, r, c, zeros)
+
+
+def _int4(format: str, m: int, k: int, n: int, r: int, c: int, zeros: int) -> Call:
+    from fastsparse import ops
+
+    x, _, _, bias = operands(m, k, n, r, c, zeros)
+    pack = int4_packed(format, m, k, n, r, c, zeros).clone()
+    return lambda: ops.weight_only_linear(x, pack, bias)
+
+
+def int8_bitmap(m: int, k: int, n: int, r: int, c: int, zeros: int) -> Call:
+    from fastsparse import ops
+
+    x, weight, scale, bias = operands(m, k, n, r, c, zeros)
+    pack = ops.pack(weight, "bitmap_s8")
+    return lambda: ops.sparse_int8_linear(x, pack, scale, bias)
+
+
+def int8_bitmap_bytes(m: int, k: int, n: int, r: int, c: int, zeros: int) -> int:
+    return int((100 - zeros) * n * k / 100 + n * k / 8)
 
 
 def our_dense(m: int, k: int, n: int, r: int, c: int, zeros: int) -> Call:
@@ -155,3 +219,19 @@ def register() -> None:
         mallocs=DEFAULT,
     )(in_turn(ours, packed_bytes))
     peer(FROM_DRAM, DENSE, check=check, available=missing, mallocs=DEFAULT)(in_turn(our_dense, dense_bytes))
+    case(
+        INT4_FROM_DRAM,
+        shapes=[{"m": 1, "k": k, "n": n, "r": 1, "c": 1, "zeros": z} for k, n in FEW[1:] for z in (50, 60, 70)],
+        unit="GOP/s",
+        work=work,
+        quick=lambda **_: False,
+        check=check_int4,
+        available=missing,
+        mallocs=DEFAULT,
+    )(in_turn(our_int4, int4_bytes))
+    peer(INT4_FROM_DRAM, INT8_BITMAP, check=check, available=missing, mallocs=DEFAULT)(
+        in_turn(int8_bitmap, int8_bitmap_bytes)
+    )
+    peer(INT4_FROM_DRAM, DENSE_INT4, check=check_int4, available=missing, mallocs=DEFAULT)(
+        in_turn(dense_int4, u4_bytes)
+    )
