@@ -1508,7 +1508,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
     ),
     "pack format": (
         lambda: ops.pack(W, "bitmap"),
-        "pack: format must be 'auto', 'vnni16', 'u4', 'bitmap_s8'",
+        "pack: format must be 'auto', 'vnni16', 'u4', 'bitmap_u4', 'bitmap_s8'",
         "got 'bitmap'",
     ),
     "pack rows": (lambda: ops.pack(W, rows=-1), "pack: rows must be None or at least 0", "got -1"),
