@@ -459,7 +459,7 @@ BAD_INPUT = {
     "pack rows": (lambda: ops.pack(W, "sparse", rows=-1), "rows must be None or at least 0, .* got -1"),
     "pack vector": (lambda: ops.pack(W[0], "sparse"), r"weight must be a matrix \[N, K\], got weight\[23\]"),
     "pack K": (lambda: ops.pack(torch.zeros(1, 131072, dtype=torch.int8), "blocks1x4"), "at most K=131071"),
-    "pack layout": (lambda: ops.pack(W.to_sparse(), "bitmap_s8"), "weight must be dense for bitmap_s8, got layout"),
+    "pack layout": (lambda: ops.pack(W[:, :19].to_sparse_bsr(19), "bitmap_s8"), "must be dense, .* torch.sparse_bsr"),
     "float32": (lambda: ops.pack(W.float(), "bitmap_s8"), "must be .*'panels128'.* for float32, got 'bitmap_s8'"),
     "unpack n": (lambda: torch.ops.fastsparse.sparse_int8_unpack(PACK, 18, 23), r"must be of \[N=18, .* got \[N=19"),
     "op block": (lambda: torch.ops.fastsparse.sparse_int8_pack(W, 2), "block must be 0 .* got 2"),

@@ -656,7 +656,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str]] = {
     "pack rows": (lambda: ops.pack(W, rows=-1), "rows must be None or at least 0, or two .* got -1"),
     "pack vector": (lambda: ops.pack(W[0], "sell16"), r"weight must be a matrix \[N, K\], got weight\[23\]"),
     "pack layout": (lambda: ops.pack(W[:, :19].to_sparse_bsr(19)), "must be dense, .* got layout torch.sparse_bsr"),
-    "pack dtype": (lambda: ops.pack(W.double()), "weight must be int8, got float64"),
+    "pack dtype": (lambda: ops.pack(W.double()), "weight must be int8, .* or bfloat16, got float64"),
     "sell16 K": (lambda: ops.pack(torch.zeros(1, 65537), "sell16"), "at most K=65536 columns for sell16"),
     "unpack": (lambda: ops.unpack(PACK[:-1].contiguous()), "describe: pack must be a sparse float32 pack: got"),
     "unpack n": (lambda: torch.ops.fastsparse.sparse_unpack(PACK, 18, 23), r"must be of \[N=18, K=23\], got \[N=19"),

@@ -27,11 +27,11 @@ def pack(
     """Packs a weight once, for all calls to come.
 
     Args:
-        weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K] for `sparse_linear`: dense,
-            torch.sparse_csr, sparse_csc, sparse_coo or a scipy.sparse matrix, of which exactly what is zero is left
-            out (a zero that is stored explicitly, too); float16 or bfloat16 [N, K], for `sparse_linear` on CUDA
-            (of bfloat16 bitmap32, sell8 and panels128 on the CPU, too). 4-bit codes [N, K] for `weight_only_linear`:
-            int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
+        weight: int8 [N, K] for `int8_linear` and `sparse_int8_linear`; float32 [N, K] for `sparse_linear`; float16 or
+            bfloat16 [N, K], for `sparse_linear` on CUDA (of bfloat16 bitmap32, sell8 and panels128 on the CPU, too).
+            Each of these dense, torch.sparse_csr, sparse_csc, sparse_coo or a scipy.sparse matrix, of which exactly
+            what is zero is left out (a zero that is stored explicitly, too). 4-bit codes [N, K] for
+            `weight_only_linear`, dense: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
         format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h); for 4-bit codes "u4" (formats/u4.h) or, without their
             zeros, "bitmap_u4" (formats/bitmap_u4.h: few rows, from about 50% zeros on); for `sparse_int8_linear`
             "bitmap_s8", "windows_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, windows_s8.h, blocks_s8.h in
@@ -49,7 +49,8 @@ def pack(
             milliseconds, and remembered: docs/kernels/sparse_matmul.md, "auto"; FASTSPARSE_CACHE=off takes a rule of
             thumb).
         rows: rows of x to be expected; None: many. Every format serves any number, at its own speed. (few, many), for
-            float32 and "auto": two formats may be kept in one pack, "pair", and each call takes the one for its rows.
+            float32 and "auto": two formats may be kept in one pack, "pair", and each call takes the one for its rows;
+            of other weights one format is kept, the one for many.
         scale: u4, bitmap_u4: float16 [N, ceil(K / group_size)]. zero_point: u4 of uint8 codes: uint8 of the same shape.
         group_size: u4, bitmap_u4: 32, 64 or 128.
 
@@ -59,8 +60,9 @@ def pack(
     Raises:
         ValueError: names the argument, what came and what was expected.
     """
-    if sparse_training.is_foreign(weight):
-        weight = sparse_training.to_csr(weight, "pack").dense()
+    if sparse_training.is_foreign(weight) or (isinstance(weight, Tensor) and weight.layout != torch.strided):
+        weight = sparse_training.to_dense(weight, "pack")
+    _check_weight(weight)
     sparse = weight.dtype == torch.float32
     half = weight.dtype in (torch.float16, torch.bfloat16)
     nibbles = weight.dtype == torch.uint8
@@ -83,6 +85,15 @@ def pack(
     return sparse_matmul.pack_float(weight, format, rows) if sparse else int8_gemm.pack_int8(weight)
 
 
+def _check_weight(weight: Any) -> None:
+    dtypes = (torch.int8, torch.uint8, torch.float32, torch.float16, torch.bfloat16)
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"pack: weight must be a tensor or a scipy.sparse matrix, got {type(weight).__name__}")
+    if weight.dtype not in dtypes:
+        *names, last = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, weight.dtype))
+        raise ValueError(f"pack: weight must be {', '.join(names[:-1])} or {names[-1]}, got {last}")
+
+
 def check_rows(rows: Any) -> None:
     """Raises ValueError for what `pack` does not take as rows."""
     two = isinstance(rows, tuple)
@@ -99,11 +110,11 @@ def unpack(pack: Tensor, layout: torch.layout | str = torch.strided, values: Ten
 
     Args:
         pack: a pack or, with `values` float32 [nonzeros], a structure.
-        layout: torch.strided; of float32 also torch.sparse_csr, or "scipy": a scipy.sparse.csr_matrix, which shares
-            the memory of `values`.
+        layout: torch.strided; of all but packs of 4-bit codes also torch.sparse_csr, or (not of bfloat16 and float16,
+            which scipy lacks) "scipy": a scipy.sparse.csr_matrix, which shares the memory of `values`.
 
     Returns:
-        [N, K] of the weight's dtype, dense; of u4 and bitmap_u4 packs the codes (`unpack_scales` the rest).
+        [N, K] of the weight's dtype; of u4 and bitmap_u4 packs the codes (`unpack_scales` the rest).
 
     Raises:
         ValueError: not a pack, a damaged one, or a layout or values that do not go with it.
@@ -118,9 +129,14 @@ def unpack(pack: Tensor, layout: torch.layout | str = torch.strided, values: Ten
             sparse_training.structure_to_csr(pack, header, values.detach(), "unpack"), layout, "unpack"
         )
     if layout != torch.strided:
-        if header["dtype"] != "float32":
-            raise ValueError(f"unpack: layout must be torch.strided for {header['dtype']}, got {layout!r}")
-        return sparse_training.to_layout(sparse_training.to_csr(unpack(pack), "unpack"), layout, "unpack")
+        of = header["dtype"]
+        codes = header["format"] in int8_gemm.FORMATS_4BIT
+        if codes or (layout == "scipy" and of in ("bfloat16", "float16")):
+            more = "" if codes else " or torch.sparse_csr"
+            raise ValueError(f"unpack: layout must be torch.strided{more} for {of}, got {layout!r}")
+        dense = unpack(pack)
+        csr = sparse_training.to_csr(dense.float(), "unpack")
+        return sparse_training.to_layout(csr._replace(values=csr.values.to(dense.dtype)), layout, "unpack")
     header = describe(pack)
     if header["format"] in int8_gemm.FORMATS_4BIT:
         return int8_gemm.unpack_u4(pack, header)

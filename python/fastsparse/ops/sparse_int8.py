@@ -143,8 +143,6 @@ def _choose(weight: Tensor, rows: int | None) -> Tensor:
 
 def pack_sparse_int8(weight: Tensor, format: str, rows: int | None) -> Tensor:
     """`ops.pack` for int8 weights without their zeros."""
-    if weight.layout != torch.strided:
-        raise ValueError(f"pack: weight must be dense for {format}, got layout {weight.layout}")
     if weight.dim() != 2:
         raise ValueError(f"pack: weight must be a matrix [N, K], got weight{list(weight.shape)}")
     try:

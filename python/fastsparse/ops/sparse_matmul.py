@@ -18,7 +18,7 @@ from fastsparse.ops._call import eager
 from fastsparse.ops._pack import FORMATS as NAMES
 from fastsparse.ops._pack import HEADER, PAIR, SHAPED, Rows, kind_of, read_header
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
-from fastsparse.ops.sparse_training import to_csr, values_linear
+from fastsparse.ops.sparse_training import values_linear
 
 FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4, "sell8": 8, "sell4": 17}
 # Of float16 and bfloat16 weights, for CUDA; bitmap32 of bfloat16 runs on the CPU, too, sell8 and panels128 there alone.
@@ -128,9 +128,7 @@ def choose_format(density: float, k: int, rows: int | None) -> str:
 
 
 def pack_float(weight: Tensor, format: str, rows: Rows) -> Tensor:
-    """`ops.pack` for float32 weights, dense or sparse; `rows` has been checked."""
-    if weight.layout != torch.strided:
-        weight = to_csr(weight, "pack").dense()
+    """`ops.pack` for float32 weights; `rows` has been checked."""
     if weight.dim() != 2:
         raise ValueError(f"pack: weight must be a matrix [N, K], got weight{list(weight.shape)}")
     weight = weight.detach()
@@ -186,9 +184,6 @@ def half_formats(dtype: torch.dtype) -> tuple[str, ...]:
 
 def pack_half(weight: Tensor, format: str, rows: Rows) -> Tensor:
     """`ops.pack` for float16 and bfloat16 weights; "auto" is nm24, or for bfloat16 what the CPU has."""
-    if weight.layout != torch.strided:
-        named = "nm24" if format == "auto" else format
-        raise ValueError(f"pack: weight must be dense for {named}, got layout {weight.layout}")
     weight = weight.detach()
     if format == "auto":
         format = _choose_half(weight, rows)

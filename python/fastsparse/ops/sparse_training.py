@@ -27,6 +27,8 @@ _csr_to_dense = torch.ops.fastsparse.csr_to_dense.default
 
 # --- Matrices in other layouts ---------------------------------------------------------------------------------------
 
+_EXACT = (torch.int8, torch.float32, torch.float16, torch.bfloat16)  # in float32
+
 
 class Csr(NamedTuple):
     """A float32 matrix [n, k] in CSR, its indices int64 and checked: in range, ascending, without duplicates."""
@@ -88,6 +90,19 @@ def to_csr(weight: Any, where: str) -> Csr:
         f"{where}: weight must be dense, torch.sparse_csr, sparse_csc or sparse_coo, or from scipy.sparse, "
         f"got layout {weight.layout}"
     )
+
+
+def to_dense(weight: Any, where: str) -> Tensor:
+    """What `to_csr` takes, of int8, float16 and bfloat16, too: these pass through float32, which holds them exactly."""
+    if is_foreign(weight):
+        if str(weight.dtype) == "int8":
+            return to_csr(weight.astype("float32"), where).dense().to(torch.int8)
+        return to_csr(weight, where).dense()
+    if weight.dtype not in _EXACT:
+        *names, last = (str(dtype).removeprefix("torch.") for dtype in (*_EXACT, weight.dtype))
+        wanted = f"{', '.join(names[:-1])} or {names[-1]} where it is not dense"
+        raise ValueError(f"{where}: weight must be {wanted}, got {last}")
+    return to_csr(weight.float(), where).dense().to(weight.dtype)
 
 
 def _starts(rows: Tensor, n: int) -> Tensor:
@@ -208,6 +223,7 @@ def spmm(structure: Tensor, values: Tensor, dense: Tensor, rows: int | None = No
         return _product(dense.t(), structure, values, -1 if rows is None else rows, False).t()
     except ValueError as error:
         what = str(error).removeprefix("sparse_linear: ").replace("x must have", "dense.t() must have")
+        what = what.replace("got x[", "got dense.t()[")
         raise ValueError(f"spmm: {what}") from None
 
 
@@ -235,7 +251,8 @@ def sddmm(structure: Tensor, a: Tensor, b: Tensor, nonzeros: int | None = None) 
         return _sddmm(a.t(), b, structure, -1 if nonzeros is None else nonzeros)
     except ValueError as error:
         what = str(error).removeprefix("sparse_sddmm: ")
-        what = what.replace("p must", "a.t() must").replace("q must", "b must")
+        for inner, name in (("p", "a.t()"), ("q", "b")):
+            what = what.replace(f"{inner} must", f"{name} must").replace(f"got {inner}[", f"got {name}[")
         raise ValueError(f"sddmm: {what}") from None
 
 
