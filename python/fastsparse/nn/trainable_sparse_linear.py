@@ -17,7 +17,7 @@ from fastsparse.nn._packed import (
     weight_to_pack,
 )
 from fastsparse.nn.sparse_linear import _MAX_SIDE, SparseLinear
-from fastsparse.ops._pack import read_header
+from fastsparse.ops._pack import Rows, read_header
 
 
 class TrainableSparseLinear(PackedLinear):
@@ -110,7 +110,7 @@ class TrainableSparseLinear(PackedLinear):
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
-    def to_sparse(self, format: str = "auto", rows: int | None = None) -> SparseLinear:
+    def to_sparse(self, format: str = "auto", rows: Rows = None) -> SparseLinear:
         """The layer for inference with these values, a copy; format and rows as for `ops.pack`."""
         with torch.device("meta"):
             module = SparseLinear(self.in_features, self.out_features, self.bias is not None, self.activation)
