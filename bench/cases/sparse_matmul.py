@@ -39,7 +39,6 @@ SHAPES = [
 # A line of the plot each, where this build has it: the format, the most and the least rows of x at which it is shown.
 FORMATS = (
     ("bitmap32", 16, 1),
-    ("rank64", 16, 1),
     ("sell16", 16, 1),
     ("sell8", 16, 1),
     ("sell8x32", 16, 1),
