@@ -44,6 +44,31 @@ def test_from_linear_keeps_exactly_the_zeros(format: str, bias: bool) -> None:
     assert torch.equal(ops.unpack(layer.weight), before)
 
 
+@pytest.mark.parametrize("format", ["auto", "bitmap32", "sell8", "sell8x32", "panels128"])
+def test_a_bfloat16_layer_gives_the_bits_of_its_float32_twin(format: str, tmp_path: Path) -> None:
+    linear = pruned().bfloat16()
+    layer = SparseLinear.from_linear(linear, format, rows=1, activation="silu")
+    assert ops.describe(layer.weight)["dtype"] == "bfloat16"
+    assert torch.equal(ops.unpack(layer.weight), linear.weight)
+    assert layer.bias is not None
+    assert layer.bias.dtype == torch.float32
+    twin = SparseLinear.from_linear(copy.deepcopy(linear).float(), "bitmap32", activation="silu")
+    for x in (torch.randn(3, 23), torch.randn(70, 23).bfloat16()):
+        assert torch.equal(layer(x), twin(x))
+    compiled = torch.compile(layer.eval().requires_grad_(False), fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    fastsparse.save(nn.Sequential(layer), tmp_path / "layer.safetensors")
+    loaded = fastsparse.load(tmp_path / "layer.safetensors", nn.Sequential(nn.Linear(23, 19)))
+    assert torch.equal(loaded(x), layer(x))
+
+
+def test_formats_for_cuda_say_so_when_they_are_called() -> None:
+    layer = SparseLinear.from_linear(pruned().half(), "bitmap32")
+    assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
+    with pytest.raises(ValueError, match="got a bitmap32 of float16, which runs on CUDA only"):
+        layer(torch.randn(2, 23))
+
+
 def test_an_empty_layer_computes_its_bias() -> None:
     layer = SparseLinear(7, 5)
     assert torch.equal(layer(torch.randn(3, 7)), torch.zeros(3, 5))
@@ -68,7 +93,7 @@ def test_a_foreign_or_damaged_state_is_refused_and_changes_nothing() -> None:
     target = SparseLinear.from_linear(pruned())
     before = copy.deepcopy(target)
     other = SparseLinear.from_linear(pruned(k=24)).state_dict()
-    with pytest.raises(RuntimeError, match=r"weight must be a pack of float32 \[N=19, K=23\], got a pack"):
+    with pytest.raises(RuntimeError, match=r"weight must be a pack of floats \[N=19, K=23\], got a pack"):
         target.load_state_dict(other)
     damaged = copy.deepcopy(SparseLinear.from_linear(pruned()).state_dict())
     damaged["weight"][64:72] = 255
@@ -182,7 +207,7 @@ def test_bad_input() -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Linear, got ReLU"):
         SparseLinear.from_linear(nn.ReLU())  # type: ignore[arg-type]
     for change, message in (
-        (lambda: SparseLinear.from_linear(nn.Linear(2, 3).double()), "must be float32, got float64"),
+        (lambda: SparseLinear.from_linear(nn.Linear(2, 3).double()), "float32, bfloat16 or float16, got float64"),
         (lambda: SparseLinear.from_linear(nn.Linear(2, 3, device="meta")), "linear must be on the CPU, got meta"),
         (lambda: SparseLinear.from_linear(nn.LazyLinear(3)), "a lazy layer"),
         (lambda: SparseLinear.from_linear(nn.Linear(2, 3), "vnni16"), "from_linear: pack: format must be 'auto'"),

@@ -321,7 +321,7 @@ def test_to_sparse_says_that_masks_must_end_first() -> None:
 
 def test_half_precision_stays_dense() -> None:
     report = to_sparse_(mlp().bfloat16(), Sparse(min_sparsity=0), measure=sparse_wins)
-    assert "its weight is torch.bfloat16, and the sparse kernels are float32" in report.rows[0]["why"]
+    assert "its weight is torch.bfloat16, and only float32 is converted" in report.rows[0]["why"]
 
 
 def test_to_sparse_int8_keeps_zeros_and_gives_the_bits_of_int8(tmp_path: Path) -> None:

@@ -24,11 +24,12 @@ _MAX_SIDE = 2**31 - 1
 
 
 class SparseLinear(PackedLinear):
-    """A linear layer with a sparse float32 weight: y = activation(x W^T + bias), without what is zero in W.
+    """A linear layer with a sparse weight: y = activation(x W^T + bias), without what is zero in W.
 
-    x float32, bfloat16 or float16 [..., in_features]; y [..., out_features] has x's dtype, or autocast's where autocast
-    is on, as with `torch.nn.functional.linear`; the sums are float32. Differentiable in `x` and `bias`; the weight is
-    fixed. `half()`, `to(dtype)` and the like move the module between devices but leave its dtypes alone.
+    W is float32, bfloat16 or, on CUDA alone, float16. x float32, bfloat16 or float16 [..., in_features], on CUDA of the
+    dtype of a weight of 16 bits; y [..., out_features] has x's dtype, or autocast's where autocast is on, as with
+    `torch.nn.functional.linear`; the sums are float32. Differentiable in `x` and `bias`; the weight is fixed. `half()`,
+    `to(dtype)` and the like move the module between devices but leave its dtypes alone.
 
     Attributes:
         in_features, out_features: K and N.
@@ -70,8 +71,11 @@ class SparseLinear(PackedLinear):
         """Packs a dense layer, exactly as it is; the layer itself stays, and the copy shares no memory with it.
 
         Args:
-            linear: on the CPU, float32; what is zero in its weight [N, K] is left out, all else is kept to the bit.
-            format, rows: as for `ops.pack`: "auto" measures, and rows=(few, many) may keep two formats.
+            linear: on the CPU, float32, bfloat16 or float16; what is zero in its weight [N, K] is left out, all else is
+                kept to the bit. The bias is widened to float32.
+            format, rows: as for `ops.pack`: "auto" measures, and rows=(few, many) may keep two formats. For CUDA
+                alone are "nm24", "blocks16" and all of float16; "auto" gives "nm24" for 2:4 weights of bfloat16, too,
+                unless rows is at most 16.
             activation: None, "relu", "gelu" or "silu": what follows the layer and shall run inside the kernel.
 
         Returns:
@@ -82,7 +86,7 @@ class SparseLinear(PackedLinear):
             ValueError: names the argument, what came and what was expected.
         """
         where = "SparseLinear.from_linear"
-        weight = weight_to_pack(linear, activation, where, (torch.float32,))
+        weight = weight_to_pack(linear, activation, where)
         try:
             pack = ops.pack(weight, format, rows)
         except ValueError as error:
@@ -135,11 +139,11 @@ class SparseLinear(PackedLinear):
         def misfit(header: dict[str, Any]) -> str | None:
             if header["format"] == "structure":
                 return "got a structure (nn.TrainableSparseLinear has one)"
-            if (header["n"], header["k"], header["dtype"]) == (n, k, "float32"):
+            if (header["n"], header["k"]) == (n, k) and header["dtype"] in ("float32", "bfloat16", "float16"):
                 return None
             return f"got a pack of {header['dtype']} [N={header['n']}, K={header['k']}]"
 
-        problems = pack_problems(state, prefix, f"a pack of float32 [N={n}, K={k}]", misfit)
+        problems = pack_problems(state, prefix, f"a pack of floats [N={n}, K={k}]", misfit)
         return problems + vector_problems(self, state, prefix, {"bias": n})
 
     def make_room(self, weight: Tensor) -> None:

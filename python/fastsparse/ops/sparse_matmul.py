@@ -75,7 +75,8 @@ def sparse_linear(
             the float32 pack of the same values; on CUDA any of float16 or bfloat16. It is a plain tensor without a
             gradient. Or, with `values`, a structure from `sparse_structure`.
         bias: float32 [N].
-        activation: None, "relu", "gelu" (the exact one) or "silu".
+        activation: None, "relu", "gelu" (the exact one) or "silu"; inside the kernel, but where gradients are recorded
+            torch's own op behind it: gelu and silu then differ by rounding.
         out_features: N. Needed under torch.compile where there is no bias (the pack's bytes can't be read there).
         values: float32 [nonzeros], for training: the weight's values at the structure's places, by row, then column.
         header: what `describe(weight)` says, for CUDA, where a call without it copies the header from the device: the

@@ -108,7 +108,7 @@ class Sparse(Conversion):
     def why_not(self, linear: nn.Linear) -> str | None:
         weight = linear.weight
         if weight.dtype != torch.float32:
-            return f"its weight is {weight.dtype}, and the sparse kernels are float32"
+            return f"its weight is {weight.dtype}, and only float32 is converted"
         zeros = _zeros(weight)
         if zeros < self.min_sparsity:
             return f"has {100 * zeros:.0f}% zeros, fewer than min_sparsity={self.min_sparsity:g}"
