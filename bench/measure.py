@@ -88,18 +88,18 @@ class Plan:
     warm_calls: int
 
 
-def plan(first_call: float, copies: int, budget: float, rounds: int) -> Plan | None:
-    """Spreads `budget` seconds over up to `rounds` rounds, given the time of the first call.
+def plan(one_call: float, copies: int, budget: float, rounds: int) -> Plan | None:
+    """Spreads `budget` seconds over up to `rounds` rounds, given the time of a call.
 
-    None: the first call alone used the budget up, and is the measurement. Otherwise three rounds at least, so that
+    None: that call alone used the budget up, and is the measurement. Otherwise three rounds at least, so that
     percentiles mean something; a warm pass covers the set, but takes no more than half of the time.
     """
-    if first_call > budget:
+    if one_call > budget:
         return None
     per_round = budget / rounds
     # Slow calls: a warm pass over several copies would cost more than what it warms for.
-    warm_calls = max(1, min(copies, int(per_round / 2 / max(first_call, 1e-9))))
-    cost = (warm_calls + 1) * first_call
+    warm_calls = max(1, min(copies, int(per_round / 2 / max(one_call, 1e-9))))
+    cost = (warm_calls + 1) * one_call
     return Plan(max(3, min(rounds, int(budget / max(cost, 1e-9)))), per_round, warm_calls)
 
 

@@ -273,7 +273,7 @@ def _measure(case: Case, shape: Shape, settings: Settings, beyond_avx2: bool, ch
         row.check, row.note, entry.wanted = ready["check"], ready["note"], ready["rounds"]
         if entry.wanted == 0:  # one call took more than the whole budget
             entry.wanted, entry.attempts = 1, 1
-            entry.quiet.append({"seconds": ready["first_call"], "calls": 1})
+            entry.quiet.append({"seconds": ready["one_call"], "calls": 1})
 
     turn = 0
     while any(not entry.done for entry in entries):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -29,6 +30,7 @@ from bench import (  # noqa: E402
     rows,
     runner,
     sparse_bars,
+    worker,
 )
 
 TOY = str(Path(__file__).with_name("toy_family.py"))
@@ -135,12 +137,37 @@ def test_copies_stay_in_their_level() -> None:
 
 
 def test_plan_spends_the_budget() -> None:
-    assert measure.plan(2.0, 1, budget=1.0, rounds=7) is None  # the first call is the measurement
+    assert measure.plan(2.0, 1, budget=1.0, rounds=7) is None  # that call is the measurement
     fast = measure.plan(1e-6, 4, budget=0.7, rounds=7)
     assert fast == measure.Plan(7, pytest.approx(0.1), 4)
     slow = measure.plan(0.3, 4, budget=0.7, rounds=7)
     assert slow is not None
     assert (slow.rounds, slow.warm_calls) == (3, 1)  # three rounds at least, the warm pass cut
+
+
+@pytest.mark.parametrize(
+    ("calls", "one_call", "rounds"),
+    [
+        ([0.9, 0.01], 0.01, 7),  # the first one imports something
+        ([0.9, 0.8], 0.8, 0),
+        ([9.0], 9.0, 0),  # not again
+    ],
+)
+def test_one_time_costs_are_not_measured(
+    calls: list[float], one_call: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, left = FakeClock(), list(calls)
+
+    def call() -> None:
+        clock.now += left.pop(0)
+
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=clock))
+    case = registry.Case("toy", [{}], "us", None, lambda: True, "m")
+    case.implementations.append(registry.Implementation("fastsparse", "ours", lambda: call))
+    found = worker.Worker({"toy": case}, "fastsparse", 1).setup("toy", {}, budget=0.5, rounds=7)
+    assert found["one_call"] == pytest.approx(one_call)
+    assert found["rounds"] == rounds
+    assert not left
 
 
 def test_burst_is_one_phase_over_rotating_copies() -> None:
