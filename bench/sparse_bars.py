@@ -193,8 +193,6 @@ def bitmap_memory(context: Context) -> list[Part]:
 INT8, INT8_DRAM = "sparse_int8_linear", "sparse_int8_linear from DRAM"
 INT8_DENSE, INT_MM = "fastsparse int8_linear", "torch._int_mm"
 INT4_DRAM, INT8_BITMAP = "weight_only_linear without zeros, from DRAM", "fastsparse bitmap_s8"
-INT8_FEW = ((768, 768), (4096, 4096), (4096, 11008))  # (K, N)
-INT8_MANY = ((768, 768), (4096, 4096))
 INT8_BLOCKS: tuple[tuple[str, int, int, int, float, float | None], ...] = (  # over INT_MM and over INT8_DENSE
     ("1x4", 1, 4, 75, 2.3, 1.9),
     ("4x4", 4, 4, 75, 2.9, None),
@@ -213,7 +211,7 @@ def int8(
 def int8_memory(context: Context) -> list[Part]:
     """Bytes of the pack over those of the dense one (vnni16: a byte a weight, 4 an output)."""
     found = []
-    for k, n in INT8_FEW:
+    for k, n in WEIGHTS:
         row = context.ours(INT8, "default", m=1, k=k, n=n, r=1, c=1, zeros=Z.MEMORY)
         found.append(_part(f"K={k} N={n}", row, lambda r: (r.weight_bytes or 0) / ((r.shape["k"] + 4) * r.shape["n"])))
     return found
@@ -224,7 +222,7 @@ def int8_bars() -> list[Bar]:
         bar(
             f"int8-m1-z{zeros}",
             f"int8, M = 1, {zeros}% zeros: times over our own int8_linear",
-            int8(INT8, INT8_DENSE, (1,), 1, 1, zeros, INT8_FEW),
+            int8(INT8, INT8_DENSE, (1,), 1, 1, zeros, WEIGHTS),
             goal,
             condition=vnni512,
         )
@@ -249,14 +247,16 @@ def int8_bars() -> list[Bar]:
         )
     )
     many: list[tuple[str, int, int, int, str, float, Sequence[tuple[int, int]]]] = []
+    wide = [(k, n) for k, n in WEIGHTS if k == 4096]
+    narrow = [weight for weight in WEIGHTS if weight not in wide]
     for name, r, c, zeros, int_mm, own in INT8_BLOCKS:
         if own is None:  # 4096 wide has bars of its own
-            many.append((name, r, c, zeros, INT_MM, int_mm, INT8_MANY[:1]))
+            many.append((name, r, c, zeros, INT_MM, int_mm, narrow))
         else:
-            many.append((name, r, c, zeros, INT_MM, int_mm, INT8_MANY))
-            many.append((name, r, c, zeros, INT8_DENSE, own, INT8_MANY))
+            many.append((name, r, c, zeros, INT_MM, int_mm, WEIGHTS))
+            many.append((name, r, c, zeros, INT8_DENSE, own, WEIGHTS))
     for other, goal in zip((INT_MM, INT8_DENSE), INT8_WIDE, strict=True):
-        many.append(("4x4, 4096 wide", 4, 4, 75, other, goal, INT8_MANY[1:]))
+        many.append(("4x4, 4096 wide", 4, 4, 75, other, goal, wide))
     for name, r, c, zeros, other, goal, weights in many:
         key = f"int8-{name.split(',')[0]}-z{zeros}{'-wide' if 'wide' in name else ''}"
         found.append(
@@ -273,9 +273,7 @@ def int8_bars() -> list[Bar]:
 
 # ---- training: case "sparse training", axes m, k, n, zeros; the dense three are its peer "torch fp32" ----
 
-TRAINING = points(
-    "sparse training", FP32, [(512, k, n, Z.TRAINING) for k, n in ((768, 768), (768, 3072), (4096, 4096))]
-)
+TRAINING = points("sparse training", FP32, [(512, k, n, Z.TRAINING) for k, n in WEIGHTS])
 
 
 def bar(

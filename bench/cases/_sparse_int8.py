@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from bench.measure import in_turn
 from bench.registry import Call, Check, case, peer
+from bench.sparse_bars import WEIGHTS
 
 DEFAULT = ("default",)
 FROM_DRAM = "sparse_int8_linear from DRAM"  # one row, weights in turn
@@ -20,13 +21,14 @@ INT4_FROM_DRAM = "weight_only_linear without zeros, from DRAM"  # 4 bits in grou
 GROUP = 128
 CASE, DENSE, INT_MM = "sparse_int8_linear", "fastsparse int8_linear", "torch._int_mm"
 INT8_BITMAP, DENSE_INT4 = "fastsparse bitmap_s8", "fastsparse u4"
-FEW = ((768, 768), (4096, 4096), (4096, 11008))  # (K, N)
-MANY = ((768, 768), (4096, 4096))
 BLOCKS = ((1, 4, 75), (4, 4, 75), (4, 4, 50), (1, 1, 90))  # (r, c, zeros)
 SHAPES = [
-    {"m": m, "k": k, "n": n, "r": 1, "c": 1, "zeros": z} for k, n in FEW for z in (50, 70, 80) for m in (1, 4)
+    {"m": m, "k": k, "n": n, "r": 1, "c": 1, "zeros": z} for k, n in WEIGHTS for z in (50, 70, 80) for m in (1, 4)
 ] + [
-    {"m": m, "k": k, "n": n, "r": r, "c": c, "zeros": z} for k, n in MANY for r, c, z in BLOCKS for m in (16, 128, 512)
+    {"m": m, "k": k, "n": n, "r": r, "c": c, "zeros": z}
+    for k, n in WEIGHTS
+    for r, c, z in BLOCKS
+    for m in (16, 128, 512)
 ]
 
 

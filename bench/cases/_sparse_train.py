@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.registry import Call, Check, case, peer
+from bench.sparse_bars import WEIGHTS
 
 NAME = "sparse training"
-WEIGHTS = ((768, 768), (768, 3072), (4096, 4096))  # (K, N)
 SHAPES = [{"m": 512, "k": k, "n": n, "zeros": zeros} for k, n in WEIGHTS for zeros in (80, 90, 95)]
 CHECKED = 16  # rows and outputs held against float64: all of them would take longer than the bench
 
