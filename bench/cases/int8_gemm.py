@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.cases import _ggml
 from bench.measure import in_turn
 from bench.registry import Call, Check, case, grid, peer
 
@@ -792,3 +793,29 @@ for _case, _wrapped in (("weight_only_linear", False), ("weight_only_linear from
             check=_check_dense(_tolerance),
             mallocs=("default",) if _wrapped else ("default", "keep"),
         )(in_turn(_build, _bytes) if _wrapped else _build)
+
+
+def ggml_bytes(m: int, k: int, n: int, bits: int, group: int) -> int:
+    return n * (k // _ggml.BLOCK) * (4 * bits + 2)
+
+
+def ggml_linear(m: int, k: int, n: int, bits: int, group: int) -> Call:
+    """The codes and scales of all others; Q8_0 has the channel's scale, rounded to float16, in each of its blocks."""
+    o = weight_only_operands(m, k, n, bits, group)
+    scale = o.scale if bits == 4 else o.scale[:, None].expand(n, k // _ggml.BLOCK)
+    return _ggml.linear(o.x, _ggml.blocks(o.codes, scale, bits), o.bias, bits)
+
+
+for _case, _wrapped in (("weight_only_linear", False), ("weight_only_linear from DRAM", True)):
+    for _bits, _group in ((4, _ggml.BLOCK), (8, 0)):
+        peer(
+            _case,
+            f"llama.cpp Q{_bits}_0",
+            compute=None if _wrapped else "int8",
+            weight_bytes=None if _wrapped else ggml_bytes,
+            check=_check_dense(0.02),
+            available=_ggml.missing,
+            mallocs=DEFAULT,
+            wants=lambda m, k, n, bits, group, _of=(_bits, _group): (bits, group) == _of,
+            note=_ggml.built_for,
+        )(in_turn(ggml_linear, ggml_bytes) if _wrapped else ggml_linear)
