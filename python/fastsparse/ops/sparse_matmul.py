@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from fastsparse.ops import _auto
 from fastsparse.ops._call import eager
@@ -108,9 +108,11 @@ def sparse_linear(
             )
         if x.requires_grad or (bias is not None and bias.requires_grad):
             return _ACTIVATE[code](_sparse_linear_train(x, weight, n, bias))
-    linear = _sparse_linear if is_compiling() else _sparse_linear_now
+    linear = _sparse_linear if is_dynamo_compiling() else _sparse_linear_now
     if header is not None and x.is_cuda:
         return linear(x, weight, header["n"] if n < 0 else n, bias, code, kind_of(header))
+    if code == 0:  # an argument less costs less, also where it has its default
+        return linear(x, weight, n) if bias is None else linear(x, weight, n, bias)
     return linear(x, weight, n, bias, code)
 
 
