@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from bench.measure import in_turn
 from bench.registry import Call, Check, case, peer
-from bench.sparse_bars import WEIGHTS
+from bench.sparse_bars import FAR, WEIGHTS
 
 DEFAULT = ("default",)
 FROM_DRAM = "sparse_int8_linear from DRAM"  # one row, weights in turn
@@ -223,7 +223,7 @@ def register() -> None:
     peer(FROM_DRAM, DENSE, check=check, available=missing, mallocs=DEFAULT)(in_turn(our_dense, dense_bytes))
     case(
         INT4_FROM_DRAM,
-        shapes=[{"m": 1, "k": k, "n": n, "r": 1, "c": 1, "zeros": z} for k, n in FEW[1:] for z in (50, 60, 70)],
+        shapes=[{"m": 1, "k": k, "n": n, "r": 1, "c": 1, "zeros": z} for k, n in FAR for z in (50, 60, 70)],
         unit="GOP/s",
         work=work,
         quick=lambda **_: False,

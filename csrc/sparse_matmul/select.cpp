@@ -38,7 +38,7 @@ constexpr int64_t kLargeSell8 = 8 << 20;
 const Kernels& select() { return kernels.select(); }
 
 bool prefetch_sell8(const Pack& w, int64_t rows) {
-  if (w.format != kSell8) return false;
+  if (w.format != kSell8 || w.block == kSell8x16Rows) return false;  // narrow slices are not that many
   if (w.block == kSell8x32Rows) return rows > 1;
   // Zen 4 follows the one stream by itself and loses 5 to 35%; Zen 5 gains 10% from DRAM.
   return !isa::zen4() && (rows > 1 || w.total * sell8_group_bytes(w.block, w.bf16 ? 2 : 4) >= kLargeSell8);

@@ -35,6 +35,7 @@ inline constexpr int64_t kSell16Rows = 16;       // outputs of a sell16 slice
 inline constexpr int64_t kSell16StepBytes = 96;  // 16 f32, 16 u16
 inline constexpr int64_t kSell8Rows = 64;        // outputs of a sell8 slice, and k of x that a step of it may use
 inline constexpr int64_t kSell8x32Rows = 32;     // the same of sell8x32
+inline constexpr int64_t kSell8x16Rows = 16;     // outputs of a narrow slice of sell8x16; it may use kSell8x32Rows k
 inline constexpr int64_t kSell8Base = 16;        // these k begin at a multiple of this
 inline constexpr int64_t kSell8Steps = 4;        // steps of a group
 inline constexpr int64_t kSell4Rows = 16;        // outputs of a sell4 slice
@@ -81,8 +82,11 @@ struct Pack {
   int64_t total;            // stored values (bitmap32, nm), steps (sell16: of 16 values, panels128: of 8, blocks) or
                             // groups (sell8, sell4)
   uint32_t block;           // blocks, nm, sell8: the header's, which says their shape
+  int64_t narrow;           // sell8x16: slices of 16 outputs, which come first; then slices of 64
+  int64_t narrow_total;     // sell8x16: groups of the narrow slices
   bool bf16;                // bitmap32, sell8, panels128: of bfloat16
-  const uint64_t* offset;   // first value, step or group of each block, slice or chunk, and the total at last
+  const uint64_t* offset;   // first value, step or group of each block, slice or chunk, and the total at last;
+                            // sell8x16: the same of the narrow slices, then of the others
   const uint32_t* mask;     // bitmap32: [blocks][k], bit j: output 32 * block + j
   const uint32_t* row;      // sell16, sell8, sell4: [slices][16, 32 or 64], output of each lane; N and above: none
   const uint8_t* step;      // sell16: [total][96]; nm: the runs
@@ -96,6 +100,23 @@ struct Pack {
   const float* value;
   const uint16_t* value16;  // bitmap32, panels128 of bfloat16: instead of value, else null
 };
+
+// The slices of one width of a sell8x16 pack, as a pack of its own; a kernel gets no other.
+static inline Pack narrow_slices(const Pack& p) {
+  Pack narrow = p;
+  narrow.total = p.narrow_total;
+  return narrow;
+}
+static inline Pack wide_slices(const Pack& p) {
+  Pack wide = p;
+  wide.block = kSell8Rows;
+  wide.total = p.total - p.narrow_total;
+  wide.offset += p.narrow + 1;
+  wide.row += p.narrow * kSell8x16Rows;
+  wide.base += p.narrow_total * kSell8Steps;
+  wide.group += p.narrow_total * sell8_group_bytes(kSell8x16Rows, 4);
+  return wide;
+}
 
 // Sums of blocks (slices) [begin, end) for `rows` rows of x (from 1 up to kBitmapRows, kSell16PassRows, ...): y[r,
 // output] = sum. Neither reads y.

@@ -188,6 +188,7 @@ def _sparse_linear(device: torch.device) -> Case:
                     "panels128",
                     "sell8",
                     "sell8x32",
+                    "sell8x16",
                     "sell4",
                     "blocks1x4",
                     "blocks4x4",

@@ -14,7 +14,7 @@ import fastsparse
 from fastsparse import ops
 from fastsparse.nn import SparseLinear
 
-FORMATS = ("auto", "bitmap32", "sell16", "panels128", "sell8", "sell8x32", "sell4")
+FORMATS = ("auto", "bitmap32", "sell16", "panels128", "sell8", "sell8x32", "sell8x16", "sell4")
 
 
 def pruned(k: int = 23, n: int = 19, bias: bool = True, zeros: float = 0.8) -> nn.Linear:

@@ -564,3 +564,16 @@ def test_pairs_that_are_none_are_refused() -> None:
     for bad in (made(few, many)[:150], made(few, many, n=2**30)):
         with pytest.raises(ValueError, match="sparse_linear: weight must be a sparse float32 pack"):
             ops.sparse_linear(torch.randn(1, 11), bad.contiguous())
+
+
+@pytest.mark.parametrize("isa", isa_levels())
+def test_sell8x16_is_timed_where_outputs_are_uneven(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_auto, "CANDIDATES", ALL)
+    even = sparse(200, 300)
+    uneven = even.clone()
+    uneven[3] = 1
+    for weight, times in ((even, False), (uneven, isa in ("avx512", "amx")), (uneven[:16], False)):
+        whole = _auto.Weight(weight, 0.1, lambda w, name: w, lambda rows: "bitmap32")
+        with forced(isa):
+            assert ("sell8x16" in [c.format for c in whole.fitting]) == times
+    assert not _auto._uneven(torch.ones(200, 70000), 0.1), "K is too long for the format"

@@ -20,7 +20,7 @@ from fastsparse import _C, ops, reference
 from fastsparse.ops.sparse_matmul import choose_format
 from tests.support import forced, guarded, isa_levels, same_bits, strided, threads
 
-FORMATS = ("bitmap32", "sell16", "panels128", "sell8", "sell8x32", "sell4")
+FORMATS = ("bitmap32", "sell16", "panels128", "sell8", "sell8x32", "sell8x16", "sell4")
 BF16_FORMATS = ("bitmap32", "sell8", "sell8x32", "panels128")
 ACTIVATIONS = (None, "relu", "gelu", "silu")
 # Round the tiles: 4 rows a pass, panels of 8, 16, 32 and twice 32 rows; 8, 16, 32 and 256 outputs; 8 and 192 k.
@@ -211,20 +211,22 @@ def test_every_index_of_the_sell_formats(isa: str) -> None:
     x = torch.randn(5, w.shape[1])
     with forced(isa, "sparse_matmul"):
         expected = ops.sparse_linear(x, ops.pack(w, "bitmap32"))
-        for format in ("sell16", "sell8", "sell8x32", "sell4"):
+        for format in ("sell16", "sell8", "sell8x32", "sell8x16", "sell4"):
             assert same_bits(ops.sparse_linear(x, ops.pack(w, format)), expected), format
 
 
-@pytest.mark.parametrize("format", ["bitmap32", "sell16", "sell8", "sell8x32", "sell4"])
+@pytest.mark.parametrize("format", ["bitmap32", "sell16", "sell8", "sell8x32", "sell8x16", "sell4"])
 def test_threads_get_equal_shares_of_skewed_weights(format: str) -> None:
     w = torch.randn(520, 200) * (torch.rand(520, 200) < torch.linspace(1, 0, 520)[:, None] ** 3)
     w[::2, :120] = 0
-    x, pack = torch.randn(3, 200), ops.pack(w, format)
-    with threads(1):
-        expected = ops.sparse_linear(x, pack)
-    for count in (2, 3, 16):
-        with threads(count):
-            assert same_bits(ops.sparse_linear(x, pack), expected)
+    pack = ops.pack(w, format)
+    for rows in (1, 3):
+        x = torch.randn(rows, 200)
+        with threads(1):
+            expected = ops.sparse_linear(x, pack)
+        for count in (2, 3, 16):
+            with threads(count):
+                assert same_bits(ops.sparse_linear(x, pack), expected)
 
 
 @given(data=st.data())
@@ -245,7 +247,7 @@ def test_linear_on_whatever(data: st.DataObject) -> None:
 
 HEADER = struct.Struct("<4sHHIIqqqQ16s")
 NUMBERS = {"bitmap32": (2, 32), "sell16": (3, 16), "panels128": (4, 192), "sell8": (8, 64)}
-NUMBERS |= {"sell8x32": (8, 32), "sell4": (17, 16)}
+NUMBERS |= {"sell8x32": (8, 32), "sell8x16": (8, 16), "sell4": (17, 16)}
 
 
 def pad(data: bytes, room: int = 0) -> bytes:
@@ -255,6 +257,51 @@ def pad(data: bytes, room: int = 0) -> bytes:
 def pairs_of_bf16(values: np.ndarray) -> bytes:
     """The values of a step of a bfloat16 sell8: lanes j and 16 + j of every 32 beside each other."""
     return (values.view("<u4") >> 16).astype("<u2").reshape(-1, 2, 16).transpose(0, 2, 1).tobytes()
+
+
+def slices_restated(
+    w: np.ndarray, order: list[int], block: int, window: int, bf16: bool = False
+) -> tuple[list[int], bytes, bytes, bytes]:
+    """Slices of `block` of these outputs, of a sell8: the offsets, the rows, the bases and the groups."""
+    offset, middle = [0], b""
+    bases = groups = b""
+    for s in range(0, len(order), block):
+        lanes = order[s : s + block]
+        middle += struct.pack(f"<{block}I", *lanes, *[2**32 - 1] * (block - len(lanes)))
+        left = [list(np.flatnonzero(w[r])) for r in lanes]
+        steps = []
+        while any(left):
+            base = min(c[0] for c in left if c) // 16
+            values, ks = np.zeros(block, "<f4"), np.zeros(block, np.uint8)
+            for lane, c in enumerate(left):
+                if c and c[0] < 16 * base + window:
+                    values[lane], ks[lane] = w[lanes[lane], c[0]], c[0] - 16 * base
+                    del c[0]
+            steps.append((base, ks, values))
+        while len(steps) % 4:
+            steps.append((0, np.zeros(block, np.uint8), np.zeros(block, "<f4")))
+        for g in range(0, len(steps), 4):
+            four = steps[g : g + 4]
+            bases += struct.pack("<4H", *(base for base, _, _ in four))
+            groups += np.stack([ks for _, ks, _ in four], 1).tobytes()
+            groups += b"".join(pairs_of_bf16(values) if bf16 else values.tobytes() for _, _, values in four)
+        offset.append(len(groups) // ((12 if bf16 else 20) * block))
+    return offset, middle, bases, groups
+
+
+def mixed_restated(w: np.ndarray) -> bytes:
+    """sell8x16 of formats/sell8.h."""
+    n, k = w.shape
+    order = sorted(range(n), key=lambda r: -np.count_nonzero(w[r]))
+    counts = [np.count_nonzero(w[r]) for r in order]
+    costs = [7 * sum(counts[: 16 * j : 16]) + 16 * sum(counts[16 * j :: 64]) for j in range(n // 16 + 1)]
+    narrow = costs.index(min(costs))
+    parts = [slices_restated(w, order[: 16 * narrow], 16, 32), slices_restated(w, order[16 * narrow :], 64, 64)]
+    offsets = parts[0][0] + parts[1][0]
+    body = pad(struct.pack(f"<{1 + len(offsets)}Q", narrow, *offsets))
+    rows, bases, groups = (b"".join(part[i] for part in parts) for i in (1, 2, 3))
+    body += pad(rows) + pad(bases) + groups
+    return HEADER.pack(b"fspk", 8, 1, 2, 16, n, k, sum(counts), 64 + len(body), bytes(16)) + body
 
 
 def pack_restated(w: np.ndarray, format: str, bf16: bool = False) -> bytes:
@@ -284,31 +331,12 @@ def pack_restated(w: np.ndarray, format: str, bf16: bool = False) -> bytes:
                 steps += values.tobytes() + ks.tobytes()
             offset.append(len(steps) // 96)
         tail = pad(middle) + pad(steps)
+    elif format == "sell8x16":
+        return mixed_restated(w)
     elif format.startswith("sell8"):
         order = sorted(range(n), key=lambda r: -np.count_nonzero(w[r]))
-        bases = groups = b""
-        for s in range(0, n, block):
-            lanes = order[s : s + block]
-            middle += struct.pack(f"<{block}I", *lanes, *[2**32 - 1] * (block - len(lanes)))
-            left = [list(np.flatnonzero(w[r])) for r in lanes]
-            steps = []
-            while any(left):
-                base = min(c[0] for c in left if c) // 16
-                values, ks = np.zeros(block, "<f4"), np.zeros(block, np.uint8)
-                for lane, c in enumerate(left):
-                    if c and c[0] < 16 * base + block:
-                        values[lane], ks[lane] = w[lanes[lane], c[0]], c[0] - 16 * base
-                        del c[0]
-                steps.append((base, ks, values))
-            while len(steps) % 4:
-                steps.append((0, np.zeros(block, np.uint8), np.zeros(block, "<f4")))
-            for g in range(0, len(steps), 4):
-                four = steps[g : g + 4]
-                bases += struct.pack("<4H", *(base for base, _, _ in four))
-                groups += np.stack([ks for _, ks, _ in four], 1).tobytes()
-                groups += b"".join(pairs_of_bf16(values) if bf16 else values.tobytes() for _, _, values in four)
-            offset.append(len(groups) // ((12 if bf16 else 20) * block))
-        tail = pad(middle) + pad(bases) + groups
+        offset, rows, bases, groups = slices_restated(w, order, block, block, bf16)
+        tail = pad(rows) + pad(bases) + groups
     elif format == "sell4":
         order = sorted(range(n), key=lambda r: -np.count_nonzero(w[r]))
         bases = groups = b""
@@ -373,6 +401,47 @@ def test_pack_is_as_documented_to_the_byte_and_back(format: str) -> None:
             header = ops.describe(pack)
             assert (header["format"], header["dtype"], header["n"], header["k"]) == (format, "float32", n, k)
             assert (header["nonzeros"], header["bytes"]) == (int(w.count_nonzero()), pack.numel())
+
+
+def uneven(n: int, k: int) -> Tensor:
+    """A few outputs have most of the weights."""
+    return torch.randn(n, k) * (torch.rand(n, k) < torch.linspace(1, 0, n)[:, None] ** 8 * 0.9 + 0.03)
+
+
+def test_sell8x16_of_uneven_outputs_is_as_documented_to_the_byte_and_back() -> None:
+    for n, k in [(15, 40), (16, 40), (17, 40), (80, 100), (257, 70)]:
+        w = uneven(n, k)
+        pack = ops.pack(w, "sell8x16")
+        assert pack.numpy().tobytes() == pack_restated(w.numpy(), "sell8x16"), (n, k)
+        assert (n < 16) == (int.from_bytes(pack[64:72].numpy().tobytes(), "little") == 0), "narrow slices"
+        assert same_bits(ops.unpack(pack), w + 0.0)
+        assert ops.describe(pack)["format"] == "sell8x16"
+
+
+def test_damage_of_sell8x16_is_found() -> None:
+    clean = ops.pack(uneven(100, 70), "sell8x16")
+    x = torch.randn(2, 70)
+    for at in range(64, clean.numel(), 5):
+        damaged = clean.clone()
+        damaged[at] ^= 0x41
+        with contextlib.suppress(ValueError):
+            ops.sparse_linear(x, damaged)  # wrong numbers or an error
+        try:
+            weight = ops.unpack(damaged)
+        except ValueError:
+            continue
+        assert torch.equal(ops.pack(weight, "sell8x16"), damaged), at  # the pack of another weight
+
+
+@pytest.mark.parametrize("isa", isa_levels())
+def test_the_sell_formats_of_uneven_outputs(isa: str) -> None:
+    w = uneven(333, 300)
+    with forced(isa, "sparse_matmul"):
+        for rows in (1, 2, 3, 4, 7):
+            x, bias = torch.randn(rows, 300), torch.randn(333)
+            expected = ops.sparse_linear(x, ops.pack(w, "bitmap32"), bias, "relu")
+            for format in ("sell8", "sell8x32", "sell8x16"):
+                assert same_bits(ops.sparse_linear(x, ops.pack(w, format), bias, "relu"), expected), (format, rows)
 
 
 @pytest.mark.parametrize("format", ["sell8", "sell8x32"])

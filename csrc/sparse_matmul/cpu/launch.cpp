@@ -49,7 +49,10 @@ FewFormat few_format(const Kernels& kernels, const Pack& weight) {
   switch (weight.format) {
     case kSell16: return {kernels.sell16, kSell16PassRows, kSell16Rows, kSell16Rows, true};
     case kSell4: return {kernels.sell4, kSell4PassRows, kSell4Rows, kSell4Steps * kSell4Rows, true};
-    case kSell8: return {kernels.sell8, kSell8PassRows, weight.block, kSell8Steps * weight.block, true};
+    case kSell8: {
+      const int64_t width = weight.block == kSell8x16Rows ? kSell8Rows : weight.block;  // of most slices
+      return {kernels.sell8, kSell8PassRows, width, kSell8Steps * width, true};
+    }
     default: return {weight.bf16 ? kernels.bitmap_bf16 : kernels.bitmap, kBitmapRows, kBitmapColumns, 1, false};
   }
 }
@@ -75,30 +78,43 @@ int64_t first_block(const Pack& w, int64_t blocks, int64_t part, int64_t parts) 
   return begin;
 }
 
+// The blocks or slices of one width, all of them.
+struct Blocks {
+  Pack pack;
+  int64_t count;
+};
+
 void linear_few(const Kernels& kernels, const LinearArgs& args) {
   const Pack& w = args.weight;
   const FewFormat f = few_format(kernels, w);
   if (f.scattered)
     std::memset(args.y, 0, static_cast<size_t>(args.m * w.n) * sizeof(float));  // damaged rows may leave gaps
+  Blocks widths[2] = {{w, ceil_div(w.n, f.width)}, {}};
+  if (w.format == kSell8 && w.block == kSell8x16Rows) {
+    widths[0] = {narrow_slices(w), w.narrow};
+    widths[1] = {wide_slices(w), ceil_div(w.n - w.narrow * kSell8x16Rows, kSell8Rows)};
+  }
   // Even passes: 5 rows are 3 + 2, not 4 + 1.
   const int64_t passes = ceil_div(args.m, f.pass_rows), height = ceil_div(args.m, passes);
-  const int64_t blocks = ceil_div(w.n, f.width);
-  const int64_t parts =
-      one_thread(args.m, w.total * f.stored) ? 1 : std::min<int64_t>(std::max<int64_t>(num_threads(), 1), blocks);
+  const int64_t parts = one_thread(args.m, w.total * f.stored)
+                            ? 1
+                            : std::min(std::max<int64_t>(num_threads(), 1), widths[0].count + widths[1].count);
   split(parts, parts == 1, [&](int64_t first, int64_t last) {
-    const int64_t begin = first_block(w, blocks, first, parts), end = first_block(w, blocks, last, parts);
-    if (begin == end) return;
     for (int64_t row = 0; row < args.m; row += height) {
       LinearArgs part = args;
       part.m = std::min(height, args.m - row);
       part.x += row * args.x_stride;
       float* const y = args.y + row * w.n;
-      if (f.scattered) {
-        f.kernel({w, copy_for_sell(part), kSellStride, part.m, begin, end, y, w.n, prefetch_sell8(w, part.m)});
-      } else {
-        f.kernel({w, part.x, args.x_stride, part.m, begin, end, y, w.n, false});
+      const float* const x = f.scattered ? copy_for_sell(part) : part.x;
+      const int64_t stride = f.scattered ? kSellStride : args.x_stride;
+      for (const Blocks& blocks : widths) {
+        const Pack& p = blocks.pack;
+        const int64_t begin = first_block(p, blocks.count, first, parts);
+        const int64_t end = first_block(p, blocks.count, last, parts);
+        if (begin == end) continue;
+        f.kernel({p, x, stride, part.m, begin, end, y, w.n, prefetch_sell8(p, part.m)});
         const int64_t column = begin * f.width;
-        finish_rows(kernels, args, row, part.m, column, std::min(end * f.width, w.n) - column);
+        if (!f.scattered) finish_rows(kernels, args, row, part.m, column, std::min(end * f.width, w.n) - column);
       }
     }
   });
@@ -308,7 +324,7 @@ void linear_panels(const Kernels& kernels, const LinearArgs& args) {
 void linear(const Kernels& kernels, const LinearArgs& given) {
   if (given.m == 0 || given.weight.n == 0) return;
   LinearArgs args = given;
-  if (args.weight.k == 0) args.weight.total = 0;  // whatever the pack says: there is no x to read
+  if (args.weight.k == 0) args.weight.total = args.weight.narrow_total = 0;  // there is no x to read, whatever it says
   if (args.weight.format == kPanels128) return linear_panels(kernels, args);
   if (args.weight.format == kBlocks || args.weight.format == kNm)
     return few_rows(args.weight, args.m) ? linear_slices(kernels, args) : linear_tiles(kernels, args);

@@ -1,13 +1,14 @@
-// sell8 and sell8x32, AVX-512. Before this: kernels.inl.
+// sell8, sell8x32 and sell8x16, AVX-512. Before this: kernels.inl.
 // Idea     64 outputs in step; the 64 x that a step may use lie in four registers, and a lane's is picked by vpermi2ps
 //          (32 of them) twice and a blend: no gather, and the four loads serve all 64 outputs. A group's indices are
 //          loaded once: vpermi2ps looks at the low five bits of a dword, so step j shifts them by 8 j.
 //          sell8x32: 32 outputs and a window of 32, two registers, so one vpermi2ps and no blend.
+//          sell8x16: narrow slices of 16 outputs with windows of 32 beside slices of sell8.
 //          bfloat16: a dword holds the values of two lanes; a shift and a mask widen them.
 // Tile     64 outputs x 1 to 4 rows: 4 zmm sums a row, 4 of x, 4 of indices. sell8x32: 32 outputs, half of all that.
-// Bound    a step of 64 outputs: 8 vpermi2ps, 9 loads: 4.7 cycles on Zen 5 while the weights are in L2; else bytes (105
-//          of 125 GB/s from L3). Zen 4: vpermi2ps, FMAs, shifts and vptestmd share three pipes, 15 cycles for one row,
-//          59 for four; two steps of sell8x32 14 and 34.
+// Bound    a step of 64 outputs: 8 vpermi2ps, 4 tests, blends and FMAs: 7.2 cycles on Zen 5 with weights in L1, 10 in
+//          L2, whose lines share L1 with 9 loads; else bytes (105 of 125 GB/s from L3). Zen 4: vpermi2ps, FMAs, shifts
+//          and vptestmd share three pipes, 15 cycles for one row, 59 for four; two steps of sell8x32 14 and 34.
 
 namespace {
 
@@ -200,6 +201,77 @@ void sell8x32_rows(const FewArgs& args) {
   }
 }
 
+// --- sell8x16, the narrow slices ---
+
+template <int kRows>
+struct LaneSums {
+  LaneSums<kRows - 1> above;
+  __m512 a;
+};
+template <>
+struct LaneSums<0> {};
+
+inline void clear(LaneSums<0>&) {}
+template <int kRows>
+inline void clear(LaneSums<kRows>& s) {
+  clear(s.above);
+  s.a = _mm512_setzero_ps();
+}
+
+inline void add_step(LaneSums<0>&, __m512, __m512i, const float*, int64_t) {}
+template <int kRows>
+inline void add_step(LaneSums<kRows>& s, __m512 value, __m512i index, const float* x, int64_t stride) {
+  add_step(s.above, value, index, x, stride);
+  x += (kRows - 1) * stride;
+  s.a = _mm512_fmadd_ps(value, _mm512_permutex2var_ps(_mm512_loadu_ps(x), index, _mm512_loadu_ps(x + 16)), s.a);
+}
+
+template <int kStep, int kRows>
+inline void add_step(LaneSums<kRows>& s, const uint8_t* group, __m512i index, const uint16_t* base,
+                     const FewArgs& args) {
+  const auto* const value = reinterpret_cast<const float*>(group + kSell8Steps * kSell8x16Rows) + kStep * kSell8x16Rows;
+  add_step(s, _mm512_loadu_ps(value), kStep == 0 ? index : _mm512_srli_epi32(index, 8 * kStep),
+           sell_x(args.x, base[kStep]), args.x_stride);
+}
+
+inline void scatter(const LaneSums<0>&, const uint32_t*, int64_t, float*, int64_t) {}
+template <int kRows>
+inline void scatter(const LaneSums<kRows>& s, const uint32_t* row, int64_t n, float* y, int64_t stride) {
+  scatter(s.above, row, n, y, stride);
+  float lanes[kSell8x16Rows];
+  _mm512_storeu_ps(lanes, s.a);
+  scatter_lanes<kSell8x16Rows>(lanes, row, n, y + (kRows - 1) * stride);
+}
+
+template <int kRows>
+void sell8x16_rows(const FewArgs& args) {
+  const Pack& p = args.pack;
+  for (int64_t slice = args.begin; slice < args.end; ++slice) {
+    const int64_t begin = at_most(p.offset[slice], p.total), end = at_most(p.offset[slice + 1], p.total);
+    LaneSums<kRows> sums;
+    clear(sums);
+    for (int64_t g = begin; g < end; ++g) {
+      const uint8_t* const group = p.group + g * sell8_group_bytes(kSell8x16Rows, 4);
+      const uint16_t* const base = p.base + g * kSell8Steps;
+      const __m512i index = _mm512_loadu_si512(group);
+      add_step<0>(sums, group, index, base, args);
+      add_step<1>(sums, group, index, base, args);
+      add_step<2>(sums, group, index, base, args);
+      add_step<3>(sums, group, index, base, args);
+    }
+    scatter(sums, p.row + slice * kSell8x16Rows, p.n, args.y, args.y_stride);
+  }
+}
+
+void sell8x16(const FewArgs& a) {
+  switch (a.rows) {
+    case 1: return sell8x16_rows<1>(a);
+    case 2: return sell8x16_rows<2>(a);
+    case 3: return sell8x16_rows<3>(a);
+    default: return sell8x16_rows<4>(a);
+  }
+}
+
 template <class T, bool kAhead>
 void sell8_of(const FewArgs& a) {
   const bool wide = a.pack.block == kSell8Rows;
@@ -212,6 +284,7 @@ void sell8_of(const FewArgs& a) {
 }
 
 void sell8(const FewArgs& a) {
+  if (a.pack.block == kSell8x16Rows) return sell8x16(a);
   if (a.pack.bf16) return a.prefetch ? sell8_of<uint16_t, true>(a) : sell8_of<uint16_t, false>(a);
   a.prefetch ? sell8_of<float, true>(a) : sell8_of<float, false>(a);
 }

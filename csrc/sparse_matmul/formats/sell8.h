@@ -10,11 +10,19 @@
 // and a step needs R neighbouring x: registers can hold them. The last group of a slice is filled by steps of zeros.
 // With dtype 4 (bf16) a group has 12 R bytes, and its values are u16 value[4][R/32][16][2], lane 32 i + 16 h + j at
 // [i][j][h]: a dword holds the values of two lanes, which a shift and a mask widen.
+// sell8x16 (R = 16): outputs of uneven length. The longest ones lie in narrow slices of 16, whose windows have 32 k,
+// the others in slices of 64, so that a few long ones do not set the steps of many.
+//   u64 narrow                slices of 16: of the numbers that N allows, the least one with the least 7 * (the longest
+//                             outputs of the slices of 16) + 16 * (those of the slices of 64), counted in non-zeros
+//   u64 offset[narrow+1]      as above, of the narrow slices; then the same of the slices of 64, which begins at 0
+//   again u32 row                   [narrow][16], then [slices of 64][64]; base and group alike: first all of the
+//   narrow ones
+// float32 alone.
 #pragma once
 #include "packed_format.h"
 
 namespace fs::sparse_matmul::formats {
 
-extern const PackedFormat kSell8Format, kSell8x32Format, kSell8Bf16, kSell8x32Bf16;
+extern const PackedFormat kSell8Format, kSell8x32Format, kSell8x16Format, kSell8Bf16, kSell8x32Bf16;
 
 }  // namespace fs::sparse_matmul::formats

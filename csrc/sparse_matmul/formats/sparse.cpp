@@ -21,7 +21,7 @@ namespace {
 constexpr const PackedFormat* kFormats[] = {
     &kBitmap32Format, &kSell16Format, &kPanels128Format, &kSell8Format,  &kSell8x32Format, &kSell4Format,
     &kBlocks1x4,      &kBlocks4x4,    &kBlocks8x8,       &kBlocks16x16,  &kBlocks16x1,     &kNm14,
-    &kNm24,           &kNm48,         &kSell8Bf16,       &kSell8x32Bf16, &kPanels128Bf16,
+    &kNm24,           &kNm48,         &kSell8Bf16,       &kSell8x32Bf16, &kPanels128Bf16,  &kSell8x16Format,
 };
 
 template <class T>

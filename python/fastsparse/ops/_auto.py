@@ -43,6 +43,7 @@ MOST_ROUNDS, ALIKE, CLOSE = 9, 1.05, 1.3
 HOPELESS = (3.0, 1.5)  # what is this much slower than the fastest after one phase, after more, is not timed again
 # Stored weights for each that is not zero, at most: of blocks, and of nm, which costs the same whatever is stored.
 BLOCKS_STORE, NM_STORES = 1.15, 1.5
+UNEVEN, UNEVEN_OUTPUTS = 1.4, 16  # the longest output has so many times the non-zeros of the one after so many
 
 Seconds = dict[str, float]
 
@@ -135,11 +136,21 @@ def _sell(wide: bool) -> Callable[[Tensor, float], bool]:
     return lambda weight, density: weight.shape[1] <= 65536 and density <= 0.6 and avx512() == wide
 
 
+def _uneven(weight: Tensor, density: float) -> bool:
+    """A few outputs have many more non-zeros than the others, which would set the steps of a whole slice of sell8."""
+    if not _sell(wide=True)(weight, density) or weight.shape[0] <= UNEVEN_OUTPUTS:
+        return False
+    live = torch.cat([(part != 0).sum(1) for part in weight.split(max(1, SAMPLE_WEIGHTS // max(weight.shape[1], 1)))])
+    counts = live.sort(descending=True).values
+    return bool(counts[0] >= UNEVEN * counts[UNEVEN_OUTPUTS])
+
+
 # A new format is a line here. What cannot win is left out, so that it costs no time.
 CANDIDATES = (
     Candidate("bitmap32", most_rows=16),
     Candidate("sell8", most_rows=16, fits=_sell(wide=True)),
     Candidate("sell8x32", most_rows=16, fits=_sell(wide=True)),
+    Candidate("sell8x16", most_rows=2, fits=_uneven),
     Candidate("sell4", most_rows=16, fits=_sell(wide=False)),
     Candidate("sell16", most_rows=16, fits=_sell(wide=False)),
     Candidate("panels128"),

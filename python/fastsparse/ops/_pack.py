@@ -18,9 +18,10 @@ DTYPES_OF |= {11: (1,), 12: (1,), 13: (2,), 14: (3, 4), 15: (2,), 16: (1,), 17: 
 # float32 formats of one code whose block says a shape, which is part of their name: 256 * outputs + k, 256 * N + M.
 SHAPED = {f"blocks{n}x{k}": (9, 256 * n + k) for n, k in ((1, 4), (4, 4), (8, 8), (16, 16), (16, 1))}
 SHAPED |= {f"nm{n}:{m}": (10, 256 * n + m) for n, m in ((1, 4), (2, 4), (4, 8))}
-SHAPED |= {"sell8x32": (8, 32)}  # outputs of a slice, and k of a window; "sell8" has 64
+SHAPED |= {"sell8x32": (8, 32), "sell8x16": (8, 16)}  # outputs of a slice, of the narrow ones; "sell8" has 64
 BLOCKS = {1: (16,), 2: (32,), 3: (16,), 4: (192,), 5: (4,), 6: (32, 64, 128)}
-BLOCKS |= {8: (64, 32), 11: (16,), 12: (260, 1028), 14: (32, 64), 15: (128,), 16: (32,), 17: (16,), 18: (32, 64, 128)}
+BLOCKS |= {8: (64, 32, 16), 11: (16,), 12: (260, 1028), 14: (32, 64), 15: (128,), 16: (32,), 17: (16,)}
+BLOCKS |= {18: (32, 64, 128)}
 BLOCKS |= {format_: tuple(b for f, b in SHAPED.values() if f == format_) for format_ in (9, 10)}
 # What blocks_s8 and the float32 formats above are called by their block.
 _SHAPED_NAMES = {(12, 260): "blocks1x4", (12, 1028): "blocks4x4"} | {code: name for name, code in SHAPED.items()}

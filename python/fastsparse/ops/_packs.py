@@ -37,8 +37,9 @@ def pack(
             "bitmap_s8", "windows_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, windows_s8.h, blocks_s8.h in
             csrc/sparse_matmul), or "sparse": that of them which is the fastest for the zeros and `rows`, measured as
             "auto" of float32. uint8: "u4".
-            float32: "bitmap32", "sell16", "sell8", "sell8x32", "sell4" or "panels128" (csrc/sparse_matmul/formats); for
-            zeros in blocks of outputs x k "blocks1x4", "blocks4x4", "blocks8x8", "blocks16x16" or "blocks16x1"
+            float32: "bitmap32", "sell16", "sell8", "sell8x32", "sell8x16", "sell4" or "panels128"
+            (csrc/sparse_matmul/formats); for zeros in blocks of outputs x k "blocks1x4", "blocks4x4", "blocks8x8",
+            "blocks16x16" or "blocks16x1"
             (formats/blocks.h: any weight can be packed so, whole blocks with something in them are stored); for at
             most N of every M consecutive k not zero "nm1:4", "nm2:4" or "nm4:8" (formats/nm.h: other weights are
             refused). float16, bfloat16: "nm24", where at most 2 of every 4 consecutive k are not zero; "blocks16",
