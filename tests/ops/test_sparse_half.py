@@ -160,7 +160,7 @@ def test_panels128_of_bfloat16_is_the_float32_pack_with_halved_values() -> None:
         ops.pack(w.half(), "panels128")
 
 
-def test_auto_of_bfloat16_that_is_not_2_of_4_runs_on_the_cpu() -> None:
+def test_auto_of_bfloat16_runs_on_the_cpu_unless_2_of_4_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.ones(16, 24).bfloat16()
     for rows, format in (
         (1, "bitmap32"),
@@ -172,7 +172,10 @@ def test_auto_of_bfloat16_that_is_not_2_of_4_runs_on_the_cpu() -> None:
         pack = ops.pack(w, rows=rows)
         assert ops.describe(pack)["format"] == format
         assert torch.equal(ops.sparse_linear(torch.ones(3, 24), pack), torch.full((3, 16), 24.0))
-    assert ops.describe(ops.pack(sparse24(16, 24, torch.bfloat16), rows=64))["format"] == "nm24"
+    w24 = sparse24(16, 24, torch.bfloat16)
+    for gpu, format in ((True, "nm24"), (False, "panels128")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert ops.describe(ops.pack(w24, rows=64))["format"] == format
     with pytest.raises(ValueError, match="at most 2 of every 4"):
         ops.pack(w.half())
 

@@ -521,7 +521,11 @@ def test_auto_chooses_by_rows_and_density(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", isa_levels())
-def test_auto_of_bfloat16_has_formats_of_the_cpu_unless_2_of_4(isa: str) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_auto_of_bfloat16_has_formats_of_the_cpu_unless_2_of_4(
+    isa: str, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     wide = isa in ("avx512", "amx")
     for zeros, rows, format in [
         (0.5, 1, "bitmap32"),
@@ -530,9 +534,9 @@ def test_auto_of_bfloat16_has_formats_of_the_cpu_unless_2_of_4(isa: str) -> None
         (0.95, 16, "panels128"),
         (0.3, None, "panels128"),
         (0.3, (1, 64), "panels128"),
-        (1.0, None, "nm24"),
-        (1.0, 17, "nm24"),
-        (1.0, (1, 64), "nm24"),
+        (1.0, None, "nm24" if gpu else "panels128"),
+        (1.0, 17, "nm24" if gpu else "panels128"),
+        (1.0, (1, 64), "nm24" if gpu else "panels128"),
     ]:
         w = (torch.ones(60, 64) * (torch.rand(60, 64) >= zeros)).bfloat16()
         with forced(isa, "sparse_matmul"):

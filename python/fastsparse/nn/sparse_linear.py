@@ -75,7 +75,7 @@ class SparseLinear(PackedLinear):
                 kept to the bit. The bias is widened to float32.
             format, rows: as for `ops.pack`: "auto" measures, and rows=(few, many) may keep two formats. For CUDA
                 alone are "nm24", "blocks16" and all of float16; "auto" gives "nm24" for 2:4 weights of bfloat16, too,
-                unless rows is at most 16.
+                where there is a GPU and rows is not at most 16.
             activation: None, "relu", "gelu" or "silu": what follows the layer and shall run inside the kernel.
 
         Returns:

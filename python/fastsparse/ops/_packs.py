@@ -32,23 +32,21 @@ def pack(
             Each of these dense, torch.sparse_csr, sparse_csc, sparse_coo or a scipy.sparse matrix, of which exactly
             what is zero is left out (a zero that is stored explicitly, too). 4-bit codes [N, K] for
             `weight_only_linear`, dense: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
-        format: int8: "vnni16" (csrc/int8_gemm/formats/vnni16.h); for 4-bit codes "u4" (formats/u4.h) or, without their
-            zeros, "bitmap_u4" (formats/bitmap_u4.h: few rows, from about 50% zeros on); for `sparse_int8_linear`
-            "bitmap_s8", "windows_s8", "blocks1x4", "blocks4x4" (formats/bitmap_s8.h, windows_s8.h, blocks_s8.h in
-            csrc/sparse_matmul), or "sparse": that of them which is the fastest for the zeros and `rows`, measured as
-            "auto" of float32. uint8: "u4".
-            float32: "bitmap32", "sell16", "sell8", "sell8x32", "sell8x16", "sell4" or "panels128"
-            (csrc/sparse_matmul/formats); for zeros in blocks of outputs x k "blocks1x4", "blocks4x4", "blocks8x8",
-            "blocks16x16" or "blocks16x1"
-            (formats/blocks.h: any weight can be packed so, whole blocks with something in them are stored); for at
-            most N of every M consecutive k not zero "nm1:4", "nm2:4" or "nm4:8" (formats/nm.h: other weights are
-            refused). float16, bfloat16: "nm24", where at most 2 of every 4 consecutive k are not zero; "blocks16",
-            squares of 32 or 64, whichever suits, for many rows; "bitmap32" for few; bfloat16 on the CPU also "sell8"
-            and "sell8x32" for few and "panels128" for many. "auto": vnni16, u4 (uint8), nm24 (not of bfloat16 that is
-            for up to 16 rows, or not 2:4), or what was measured to be the fastest for the weight's size, zeros and
-            `rows` (float32, and bfloat16 on the CPU: measured on this machine, some
-            milliseconds, and remembered: docs/kernels/sparse_matmul.md, "auto"; FASTSPARSE_CACHE=off takes a rule of
-            thumb).
+        format: "auto", or by the weight (layouts: csrc/<family>/formats):
+            int8: "vnni16", dense; "bitmap_s8", "windows_s8", "blocks1x4" or "blocks4x4" for `sparse_int8_linear`, or
+            "sparse", that of the four which is the fastest for the zeros and `rows`.
+            4-bit codes: "u4", or without their zeros "bitmap_u4" (few rows, from about 50% zeros on).
+            float32: "bitmap32", "sell16", "sell8", "sell8x32", "sell8x16", "sell4" or "panels128"; for zeros in blocks
+            of outputs x k "blocks1x4", "blocks4x4", "blocks8x8", "blocks16x16" or "blocks16x1" (any weight can be
+            packed so, whole blocks with something in them are stored); for at most N of every M consecutive k not zero
+            "nm1:4", "nm2:4" or "nm4:8" (other weights are refused).
+            bfloat16 on the CPU: "bitmap32", "sell8", "sell8x32" or "panels128".
+            float16 and bfloat16 on CUDA: "bitmap32" for few rows; for many "nm24", where at most 2 of every 4
+            consecutive k are not zero, or "blocks16", squares of 32 or 64, whichever suits.
+            "auto" is "vnni16" of int8, "u4" of uint8, "nm24" of float16 and, where there is a GPU, of bfloat16 that is
+            2:4 (more than 16 rows). Else, as "sparse", it is what was measured to be the fastest for the weight's size,
+            zeros and `rows` on this machine: some milliseconds, and remembered (docs/kernels/sparse_matmul.md, "auto";
+            FASTSPARSE_CACHE=off takes a rule of thumb).
         rows: rows of x to be expected; None: many. Every format serves any number, at its own speed. (few, many), for
             float32 and "auto": two formats may be kept in one pack, "pair", and each call takes the one for its rows;
             of other weights one format is kept, the one for many.

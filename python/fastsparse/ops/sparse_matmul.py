@@ -197,7 +197,7 @@ def _choose_half(weight: Tensor, rows: Rows) -> str:
     most = rows[1] if isinstance(rows, tuple) else rows
     if weight.dtype != torch.bfloat16 or weight.dim() != 2:
         return "nm24"
-    if (most is None or most > BF16_ROWS) and _auto.two_of_four(weight):
+    if torch.cuda.is_available() and (most is None or most > BF16_ROWS) and _auto.two_of_four(weight):
         return "nm24"
     density = int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
 
