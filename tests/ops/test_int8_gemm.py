@@ -1499,7 +1499,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], str, str]] = {
         "got a[1, 131072]",
     ),
     # pack
-    "pack float64": (lambda: ops.pack(W.double()), "int8_pack: weight must be int8", "got float64"),
+    "pack float64": (lambda: ops.pack(W.double()), "pack: weight must be int8", "got float64"),
     "pack vector": (lambda: ops.pack(W[0]), "int8_pack: weight must be a matrix [N, K]", "got weight[7]"),
     "pack K": (
         lambda: ops.pack(torch.zeros(1, MAX_K + 1, dtype=torch.int8)),

@@ -58,7 +58,8 @@ def by_the_book(w: Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layout_to_the_byte(dtype: torch.dtype) -> None:
+def test_layout_to_the_byte(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # or "auto" takes a format of the CPU
     for n, k in SHAPES:
         w = sparse24(n, k, dtype)
         if w.numel():
