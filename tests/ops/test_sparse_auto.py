@@ -349,6 +349,20 @@ def test_int8_formats_are_candidates_by_rows_zeros_and_cpu(cache: Path, monkeypa
     assert len(timings.asked) == count
 
 
+def test_equal_densities_in_other_blocks_are_measured_apart(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def quarter(r: int, c: int) -> Tensor:
+        """A quarter of the blocks of r x c, at random."""
+        blocks = 64 * 128 // (r * c)
+        live = (torch.randperm(blocks) < blocks // 4).view(64 // r, 128 // c)
+        return live.repeat_interleave(r, 0).repeat_interleave(c, 1).to(torch.int8)
+
+    timings = clock(monkeypatch, fastest("blocks1x4"))
+    for rows in (1, 64):
+        for r, c in ((1, 1), (1, 4), (4, 4), (1, 4)):  # the last is remembered
+            ops.pack(quarter(r, c), "sparse", rows)
+    assert [rows for rows, _ in timings.asked] == [1, 1, 1, 64, 64, 64]
+
+
 @pytest.mark.parametrize("layers", [1, 8])
 def test_as_many_copies_go_round_as_layers(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_auto, "SET_BYTES", 1)

@@ -60,6 +60,7 @@ class Weight:
     candidates: tuple[Candidate, ...] = ()  # none: CANDIDATES
     linear: Callable[[int], Callable[[Tensor, Tensor], Tensor]] | None = None  # by N: (x, pack); none: sparse_linear
     layers: int = 1  # of this size that go round when it is measured
+    stored: tuple[float, ...] = ()  # the part that layouts in blocks store: equal densities may differ in these
 
     @functools.cached_property
     def fitting(self) -> list[Candidate]:
@@ -314,8 +315,10 @@ def _key(weight: Weight, rows: int, formats: Sequence[str]) -> str | None:
         level = _C.isa()
     except ValueError:  # FASTSPARSE_ISA names a level that is not here: the first call will say so
         return None
-    # Densities within a fifth of each other are alike.
-    bucket = round(4 * math.log2(weight.density)) if weight.density > 0 else "none"
+
+    def bucket(density: float) -> str:  # those within a fifth of each other are alike
+        return str(round(4 * math.log2(density))) if density > 0 else "none"
+
     facts = {
         "cpu": _cpu(),
         "isa": level,
@@ -323,7 +326,7 @@ def _key(weight: Weight, rows: int, formats: Sequence[str]) -> str | None:
         "version": _version(),
         "n": weight.dense.shape[0],
         "k": weight.dense.shape[1],
-        "density": bucket,
+        "density": " ".join(map(bucket, (weight.density, *weight.stored))),
         "dtype": str(weight.dense.dtype).removeprefix("torch."),
         "rows": rows,
         "formats": " ".join(formats),

@@ -116,16 +116,18 @@ def _pack_as(weight: Tensor, format: str) -> Tensor:
 
 def _choose(weight: Tensor, rows: int | None) -> Tensor:
     """What "sparse" means: what is the fastest for the rows of x to be expected (None: many)."""
-    live = int(weight.count_nonzero())
+    live, most = int(weight.count_nonzero()), max(weight.numel(), 1)
+    few = rows is not None and rows <= BITMAP_ROWS
+    blocks = {r: _blocks(weight, r) for r in (1, 4)}  # by their outputs
     packs: dict[str, Tensor] = {}  # what the rule had to pack
 
     def rule(rows: int | None) -> str:
         """By what the zeros leave to store, and the CPU."""
-        if rows is not None and rows <= BITMAP_ROWS:
+        if few:
             best, size = "bitmap_s8", live + weight.numel() / 8
             bound = max(WINDOWS_OVER_BITMAP * size, min(WINDOWS_OVER_CACHED_BITMAP * size, CACHED_BYTES)) / 2
         else:
-            costs = {"blocks4x4": 16 * _blocks(weight, 4), "blocks1x4": COST_1X4 * 4 * _blocks(weight, 1)}
+            costs = {"blocks4x4": 16 * blocks[4], "blocks1x4": COST_1X4 * 4 * blocks[1]}
             best = min(costs, key=lambda name: costs[name])
             bound = costs[best] / COST_WINDOWS
         if live < bound and windows_are_fast():  # more than that: lost, however few of their places stay empty
@@ -135,8 +137,16 @@ def _choose(weight: Tensor, rows: int | None) -> Tensor:
                 return "windows_s8"
         return best
 
-    layers = LAYERS if rows is not None and rows <= BITMAP_ROWS else 1
-    whole = _auto.Weight(weight, live / max(weight.numel(), 1), _pack_as, rule, (), CANDIDATES, _linear_of, layers)
+    whole = _auto.Weight(
+        weight,
+        live / most,
+        _pack_as,
+        rule,
+        candidates=CANDIDATES,
+        linear=_linear_of,
+        layers=LAYERS if few else 1,
+        stored=tuple(4 * r * count / most for r, count in blocks.items()),
+    )
     format = _auto.choose(whole, rows)
     return packs[format] if format in packs else _pack_as(weight, format)
 
