@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "direct_module.h"
 #include "families.h"
 #include "runtime/isa.h"
 
@@ -9,6 +10,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build and CPU information, the table of kernels, forcing an ISA level.";
+  if (!fs::direct::add_to(m.ptr())) throw py::error_already_set();
   m.def("build_info", &fs::build_info, "How this binary was built: name -> value.");
   m.def("isa", [] { return std::string(fs::isa::level_name(fs::isa::current_level())); }, "The ISA level in use.");
   m.def("isa_reason", &fs::isa::level_reason, "Why that level.");

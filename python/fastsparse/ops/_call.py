@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
+
+from fastsparse._library import load
 
 
 def eager(op: OpOverload) -> Callable[..., Tensor]:
@@ -17,6 +21,31 @@ def eager(op: OpOverload) -> Callable[..., Tensor]:
     """
     call: Callable[..., Any] = op._op
     return call
+
+
+@functools.cache
+def _short_way() -> bool:
+    """Whether torch lets `_C` read tensors (csrc/direct.h); if so, `_C` knows from here on what it needs to."""
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    modes = (
+        torch._C._len_torch_dispatch_stack,  # fake tensors, tracing, counting
+        torch._C._is_torch_function_mode_enabled,
+        torch._C._is_tracing,
+        torch._C._autograd._profiler_enabled,  # it shows ops
+    )
+    return table is not None and load().direct_setup(table, Tensor, torch.nn.Parameter, Tensor.is_neg, modes)
+
+
+def direct(name: str) -> Callable[..., Tensor | None]:
+    """The op of this name without the dispatcher, which is half of what a call of a small layer costs: y for plain
+    tensors on the CPU with nothing to record, None where the op itself has to be asked. Not under torch.compile.
+
+    Why and how: docs/decisions/0011-short-calls.md.
+    """
+    if not _short_way():
+        return lambda *_: None
+    function: Callable[..., Tensor | None] = getattr(load(), name)
+    return function
 
 
 def no_tensor(op: str, **arguments: Any) -> ValueError:

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from fastsparse.ops._call import eager, no_tensor
+from fastsparse.ops._call import direct, eager, no_tensor
 from fastsparse.ops._pack import HEADER, read_header
 
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
 _int8_linear = torch.ops.fastsparse.int8_linear.default
 _int8_linear_plain_now = eager(torch.ops.fastsparse.int8_linear_plain.default)
+_int8_linear_direct = direct("int8_linear")
 _int8_linear_train = torch.ops.fastsparse.int8_linear_train.default
 _int8_mm = torch.ops.fastsparse.int8_mm.default
+_int8_mm_direct = direct("int8_mm")
 _int8_pack = torch.ops.fastsparse.int8_pack.default
 _int8_unpack = torch.ops.fastsparse.int8_unpack.default
 _weight_only_linear = torch.ops.fastsparse.weight_only_linear.default
 _weight_only_linear_now = eager(_weight_only_linear)
+_weight_only_linear_direct = direct("weight_only_linear")
 _weight_only_linear_train = torch.ops.fastsparse.weight_only_linear_train.default
 _u4_pack = torch.ops.fastsparse.u4_pack.default
 _u4_unpack = torch.ops.fastsparse.u4_unpack.default
@@ -88,6 +91,11 @@ def int8_linear(
         raise ValueError(
             f"int8_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
         ) from None
+    plain = x_scale is None and x_zero_point is None and residual is None and y_scale is None and y_zero_point is None
+    if plain and dtype is None and not is_dynamo_compiling():
+        y = _int8_linear_direct(x, weight, weight_scale, bias, code)
+        if y is not None:
+            return y
     try:
         wants_grad = is_grad_enabled() and (
             x.requires_grad
@@ -97,7 +105,6 @@ def int8_linear(
         )
     except AttributeError:
         raise no_tensor("int8_linear", x=x, weight_scale=weight_scale, bias=bias, residual=residual) from None
-    plain = x_scale is None and x_zero_point is None and residual is None and y_scale is None and y_zero_point is None
     if plain and dtype is None and not wants_grad:
         if is_dynamo_compiling():
             return _int8_linear(x, weight, weight_scale, bias, code)
@@ -159,6 +166,10 @@ def int8_mm(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: names the argument, what came and what was expected.
     """
+    if not is_dynamo_compiling():
+        c = _int8_mm_direct(a, b)
+        if c is not None:
+            return c
     return _int8_mm(a, b)
 
 
@@ -208,6 +219,10 @@ def weight_only_linear(
             f"weight_only_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
         ) from None
     n = -1 if out_features is None else out_features
+    if not is_dynamo_compiling():
+        y = _weight_only_linear_direct(x, weight, weight_scale, bias, n, code)
+        if y is not None:
+            return y
     if torch.is_grad_enabled():
         try:
             wants_grad = x.requires_grad or (bias is not None and bias.requires_grad)

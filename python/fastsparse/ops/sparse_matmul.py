@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from fastsparse.ops import _auto
-from fastsparse.ops._call import eager
+from fastsparse.ops._call import direct, eager
 from fastsparse.ops._pack import FORMATS as NAMES
 from fastsparse.ops._pack import HEADER, PAIR, SHAPED, Rows, kind_of, read_header
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
@@ -40,6 +40,7 @@ _is_grad_enabled = torch.is_grad_enabled
 
 _sparse_linear = torch.ops.fastsparse.sparse_linear.default
 _sparse_linear_now = eager(_sparse_linear)
+_sparse_linear_direct = direct("sparse_linear")
 _sparse_linear_train = torch.ops.fastsparse.sparse_linear_train.default
 _sparse_pack = torch.ops.fastsparse.sparse_pack.default
 _sparse_unpack = torch.ops.fastsparse.sparse_unpack.default
@@ -97,6 +98,10 @@ def sparse_linear(
             f"sparse_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
         ) from None
     n = -1 if out_features is None else out_features
+    if values is None and not is_dynamo_compiling():
+        y = _sparse_linear_direct(x, weight, bias, n, code)
+        if y is not None:
+            return y
     if x.dtype is not _FLOAT32 and x.dtype in _HALVES and (values is not None or not x.is_cuda):
         return sparse_linear(x.float(), weight, bias, activation, out_features, values).to(x.dtype)
     if values is not None:
