@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -322,6 +323,25 @@ double ceil_read(int width, int variant, size_t bytes, double seconds, int burst
     });
   for (auto* buffer : buffers) delete buffer;
   return rate;
+}
+
+// One pass over `bytes` at `p`, in one of the patterns of ceil_read.
+void ceil_pass(int width, int variant, const char* p, size_t bytes) { kReads[width][variant](p, bytes, 2048); }
+
+// Seconds a pass over one of `copies` sets in turn; none counted before each was read once.
+double ceil_pass_seconds(int width, int variant, size_t bytes, int copies, int repeats) {
+  std::vector<std::unique_ptr<Buffer>> sets;
+  for (int i = 0; i < copies; i++) {
+    sets.push_back(std::make_unique<Buffer>(bytes, bytes >= size_t{2} << 20));
+    if (!sets.back()->p) return -1;
+  }
+  const auto passes = [&](int count) {
+    for (int i = 0; i < count; i++) ceil_pass(width, variant, sets[size_t(i) % sets.size()]->p, bytes);
+  };
+  passes(copies);
+  const auto start = Clock::now();
+  passes(repeats);
+  return since(start) / repeats;
 }
 
 // Bytes read plus bytes written a second.

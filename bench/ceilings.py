@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,41 @@ def _load(path: Path) -> ctypes.CDLL:
     library.ceil_compute.argtypes = [ctypes.c_int, *time]
     library.ceil_read.argtypes = [ctypes.c_int, ctypes.c_int, size, *time]
     library.ceil_copy.argtypes = [ctypes.c_int, size, *time]
-    for function in (library.ceil_compute, library.ceil_read, library.ceil_copy):
+    library.ceil_pass.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, size]
+    library.ceil_pass.restype = None
+    library.ceil_pass_seconds.argtypes = [ctypes.c_int, ctypes.c_int, size, ctypes.c_int, ctypes.c_int]
+    for function in (library.ceil_compute, library.ceil_read, library.ceil_copy, library.ceil_pass_seconds):
         function.restype = number
     return library
+
+
+@functools.cache
+def _passes() -> tuple[ctypes.CDLL, int]:
+    """The library, and the widest loads of this CPU as ceil_read knows them."""
+    library = _load(build())
+    features = int(library.ceil_features())
+    if not features & AVX2:
+        raise RuntimeError("this CPU has no AVX2")
+    return library, 1 if features & AVX512F else 0
+
+
+def _best_pattern(size: int) -> int:
+    library, width = _passes()
+    times = [library.ceil_pass_seconds(width, variant, size, 1, max(3, (4 << 20) // size)) for variant in range(4)]
+    return times.index(min(times))
+
+
+def plain_read(address: int, size: int) -> Callable[[], None]:
+    """A call that reads `size` bytes, a multiple of 1024, by the fastest of the patterns, and does nothing with them."""
+    library, width = _passes()
+    read, pattern = library.ceil_pass, _best_pattern(size)
+    return lambda: read(width, pattern, address, size)
+
+
+def plain_read_seconds(size: int, copies: int, repeats: int) -> float:
+    """Seconds of such a call without Python's part, over `copies` sets of bytes in turn."""
+    library, width = _passes()
+    return float(library.ceil_pass_seconds(width, _best_pattern(size), size, copies, repeats))
 
 
 def read_sizes(caches: Mapping[str, int], threads: int) -> dict[str, list[int]]:

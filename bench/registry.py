@@ -29,8 +29,8 @@ Builder = Callable[..., Call]
 BuilderT = TypeVar("BuilderT", bound=Builder)
 
 # What a row is compared as. "held" rows run under an environment that caps their ISA, "threads" rows are ours with more
-# threads than the run; they serve bars of their own.
-Kind = Literal["ours", "fused", "bare", "fp32", "held", "threads"]
+# threads than the run, "read" rows read our bytes and compute nothing; they serve bars of their own.
+Kind = Literal["ours", "fused", "bare", "fp32", "held", "threads", "read"]
 # Which compute ceiling a row is held against.
 Compute = Literal["int8", "fp32"]
 

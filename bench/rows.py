@@ -57,8 +57,13 @@ class Row:
 
     @property
     def right(self) -> bool:
-        """Timed, and its result passed the check."""
-        return self.ok and bool(self.check and self.check["ok"])
+        """Timed, and its result passed the check; what only reads has none."""
+        return self.ok and (self.kind == "read" or bool(self.check and self.check["ok"]))
+
+    @property
+    def kernel(self) -> float:
+        """Seconds of the launch alone, as far as is known: no more than a whole call, which holds it."""
+        return min(self.kernel_seconds or self.median, self.median)
 
     @property
     def median(self) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench import ceilings
 from bench.cases import _ggml
 from bench.measure import in_turn
 from bench.registry import Call, Check, case, grid, peer
@@ -450,6 +451,48 @@ peer(
 )(ours)
 
 
+def plain_reads_missing() -> str | None:
+    try:
+        ceilings.build()
+    except RuntimeError as e:
+        return str(e)
+    return fastsparse_missing()
+
+
+def _whole_kilobytes(m: int, k: int, n: int) -> int:
+    return int8_bytes(m, k, n) // 1024 * 1024
+
+
+def plain_reads(m: int, k: int, n: int) -> Call:
+    """Reads a pack of the weight and computes nothing: what memory gives to one row, in the same minutes."""
+    from fastsparse import ops
+
+    pack = ops.pack(linear_operands(m, k, n).weight, "vnni16")
+    read = ceilings.plain_read(pack.data_ptr() + 64, _whole_kilobytes(m, k, n))
+
+    def call() -> Tensor:
+        read()
+        return pack  # which must live as long
+
+    return call
+
+
+def plain_reads_time(repeats: int, copies: int, m: int, k: int, n: int) -> float:
+    return ceilings.plain_read_seconds(_whole_kilobytes(m, k, n), copies, repeats)
+
+
+peer(
+    "int8_linear",
+    "plain reads",
+    kind="read",
+    weight_bytes=int8_bytes,
+    available=plain_reads_missing,
+    kernel_time=plain_reads_time,
+    mallocs=DEFAULT,
+    wants=lambda m, k, n: m == 1,
+)(plain_reads)
+
+
 # ---- 40 layers in turn: the weights are read from DRAM ----
 
 
@@ -518,6 +561,17 @@ peer(
     check=check_bare,
     mallocs=DEFAULT,
 )(layers(bare_int_mm))
+
+
+peer(
+    "int8_linear 40 layers",
+    "plain reads",
+    kind="read",
+    weight_bytes=layers_bytes,
+    available=plain_reads_missing,
+    mallocs=DEFAULT,
+    wants=lambda m, k, n: m == 1,
+)(layers(plain_reads))
 
 
 # ---- int8_mm ----
