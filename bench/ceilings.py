@@ -117,7 +117,7 @@ def _best_pattern(size: int) -> int:
 
 
 def plain_read(address: int, size: int) -> Callable[[], None]:
-    """A call that reads `size` bytes, a multiple of 1024, by the fastest of the patterns, and does nothing with them."""
+    """A call that does nothing but read `size` bytes, a multiple of 1024, by the fastest of the patterns."""
     library, width = _passes()
     read, pattern = library.ceil_pass, _best_pattern(size)
     return lambda: read(width, pattern, address, size)
