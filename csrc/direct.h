@@ -45,5 +45,7 @@ FASTSPARSE_API bool weight_only_linear(Host& host, const View& x, const View& we
                                        const View* bias, int64_t n, int64_t activation);
 FASTSPARSE_API bool sparse_linear(Host& host, const View& x, const View& weight, const View* bias, int64_t n,
                                   int64_t activation);
+FASTSPARSE_API bool sparse_int8_linear(Host& host, const View& x, const View& weight, const View& weight_scale,
+                                       const View* bias, int64_t activation);
 
 }  // namespace fs::direct

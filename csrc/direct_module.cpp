@@ -194,6 +194,16 @@ PyObject* sparse_linear_py(PyObject*, PyObject* const* args, Py_ssize_t given) {
   });
 }
 
+// x, weight, weight_scale, bias or None, activation
+PyObject* sparse_int8_linear_py(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return guarded(given, 5, [&](Call& call) {
+    std::optional<View> x, weight, scale, bias;
+    return call.read(args[0], &x) && call.read(args[1], &weight) && call.read(args[2], &scale) &&
+           call.read_optional(args[3], &bias) &&
+           sparse_int8_linear(call, *x, *weight, *scale, pointer(bias), PyLong_AsLong(args[4]));
+  });
+}
+
 // exchange api capsule, Tensor, Parameter, is_neg, modes: True if the short way is open.
 PyObject* setup(PyObject*, PyObject* args) {
   PyObject *capsule, *tensor, *parameter, *is_neg, *modes;
@@ -233,6 +243,8 @@ PyMethodDef functions[] = {
      METH_FASTCALL, "The same of weight_only_linear."},
     {"sparse_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&sparse_linear_py)), METH_FASTCALL,
      "The same of sparse_linear."},
+    {"sparse_int8_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&sparse_int8_linear_py)),
+     METH_FASTCALL, "The same of sparse_int8_linear."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -120,6 +120,19 @@ struct PanelArgs {
   int32_t* sums;  // [kOutputs][lanes]; outputs beyond N have no meaning
 };
 
+// y[r][c] = act(sums[c][r] * x_scale[r] * weight_scale[c] + bias[c]), float32, to the bits of int8_gemm's epilogue
+struct ColumnsArgs {
+  const int32_t* sums;  // as in PanelArgs; whole tiles of 16 x 16 are read
+  int64_t lanes;
+  int64_t rows, columns;
+  const float* x_scale;       // [rows]
+  const float* weight_scale;  // [columns]
+  const float* bias;          // [columns] or null
+  Activation activation;
+  float* y;
+  int64_t y_stride;
+};
+
 enum class Layout { bitmap, windows, blocks };
 
 struct Kernels {
@@ -133,6 +146,7 @@ struct Kernels {
   void (*bitmap)(const FewArgs&);
   void (*windows)(const WindowArgs&);
   void (*blocks)(const PanelArgs&);
+  void (*finish_columns)(const ColumnsArgs&) = nullptr;  // of float32 y; null: transpose and dense->epilogue
 };
 
 // One per ISA file (cpu/int8_<level>.cpp).

@@ -11,6 +11,7 @@
 #include "../runtime/finite.h"
 #include "formats/bitmap_s8.h"
 #include "formats/blocks_s8.h"
+#include "formats/sparse_s8.h"
 #include "formats/windows_s8.h"
 #include "int8.h"
 #include "int8_select.h"
@@ -30,38 +31,6 @@ const uint8_t* pack_data(const char* op, const char* name, const Tensor& t) {
   return static_cast<const uint8_t*>(t.const_data_ptr());
 }
 
-// A pack of any of the formats.
-struct Weight {
-  int64_t n, k;
-  Layout layout;
-  Bitmap bitmap;  // that of these which layout names
-  Windows windows;
-  Blocks blocks;
-};
-
-// Empty if the bytes are a pack: its header and size, or with `validated` all of them; else what is wrong.
-std::string read_pack(const uint8_t* bytes, int64_t size, bool validated, Weight* out) {
-  if (size < kPackHeaderBytes) return "got " + std::to_string(size) + " bytes, a header alone has 64";
-  PackHeader h;
-  std::memcpy(&h, bytes, sizeof h);
-  if (std::memcmp(h.magic, "fspk", 4) != 0)
-    return "got bytes that do not begin with \"fspk\"; make one with ops.pack()";
-  out->n = h.n;
-  out->k = h.k;
-  switch (h.format) {
-    case bitmap_s8::kFormat:
-      out->layout = Layout::bitmap;
-      return (validated ? bitmap_s8::validate : bitmap_s8::view)(h, bytes, size, &out->bitmap);
-    case windows_s8::kFormat:
-      out->layout = Layout::windows;
-      return (validated ? windows_s8::validate : windows_s8::view)(h, bytes, size, &out->windows);
-    case blocks_s8::kFormat:
-      out->layout = Layout::blocks;
-      return (validated ? blocks_s8::validate : blocks_s8::view)(h, bytes, size, &out->blocks);
-  }
-  return "got format " + std::to_string(h.format) + ", expected 11 (bitmap_s8), 12 (blocks_s8) or 16 (windows_s8)";
-}
-
 Tensor linear_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, int64_t activation) {
   check_cpu(kLinear, "x", x);
   const DType dtype = float_dtype(kLinear, "x", x);
@@ -69,7 +38,7 @@ Tensor linear_cpu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Te
   if (dims < 1) fail(kLinear, "x must have at least one dimension, got x[]");
   check_same_device(kLinear, "weight", weight, x);
   Weight w{};
-  const std::string error = read_pack(pack_data(kLinear, "weight", weight), weight.numel(), false, &w);
+  const std::string error = view(pack_data(kLinear, "weight", weight), weight.numel(), false, &w);
   if (!error.empty()) fail(kLinear, "weight must be a sparse int8 pack: " + error);
   const int64_t n = w.n, k = w.k;
   if (x.size(dims - 1) != k)
@@ -151,7 +120,7 @@ Tensor pack_cpu(Tensor weight, int64_t block) {
 Weight valid_pack(const char* op, const Tensor& pack) {
   check_cpu(op, "pack", pack);
   Weight w{};
-  const std::string error = read_pack(pack_data(op, "pack", pack), pack.numel(), true, &w);
+  const std::string error = view(pack_data(op, "pack", pack), pack.numel(), true, &w);
   if (!error.empty()) fail(op, "pack must be a sparse int8 pack: " + error);
   return w;
 }
@@ -162,12 +131,7 @@ Tensor unpack_cpu(Tensor pack, int64_t n, int64_t k) {
   const Weight w = valid_pack("sparse_int8_unpack", pack);
   if (w.n != n || w.k != k) fail("sparse_int8_unpack", "pack must be of " + sides(n, k) + ", got " + sides(w.n, w.k));
   Tensor out = empty(pack, std::array{n, k}.data(), 2, ScalarType::Char);
-  auto* data = static_cast<int8_t*>(out.mutable_data_ptr());
-  switch (w.layout) {
-    case Layout::bitmap: bitmap_s8::unpack(w.bitmap, data); break;
-    case Layout::windows: windows_s8::unpack(w.windows, data); break;
-    case Layout::blocks: blocks_s8::unpack(w.blocks, data); break;
-  }
+  unpack(w, static_cast<int8_t*>(out.mutable_data_ptr()));
   return out;
 }
 

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstring>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 #include <variant>
 
@@ -22,6 +23,7 @@
 #include "formats/sparse.h"
 #include "select.h"
 #include "sparse_matmul.h"
+#include "training_ops.h"
 
 namespace fs::sparse_matmul {
 namespace {
@@ -74,7 +76,13 @@ CheckedRows check_rows(const Tensor& x, int64_t n, const std::optional<Tensor>& 
   return c;
 }
 
-Tensor linear_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias, int64_t activation, int64_t) {
+bool keeps_z(int64_t activation) {
+  return activation == static_cast<int64_t>(Activation::gelu) || activation == static_cast<int64_t>(Activation::silu);
+}
+
+// `z`: null, or where the result before gelu or silu goes, an empty tensor for the others.
+Tensor linear_on_cpu(const Tensor& x, const Tensor& weight, int64_t n, const std::optional<Tensor>& bias,
+                     int64_t activation, Tensor* z) {
   check_cpu(kLinear, "x", x);
   check_dtype(kLinear, "x", x, ScalarType::Float);
   if (x.dim() < 1) fail(kLinear, "x must have at least one dimension, got x[]");
@@ -91,12 +99,23 @@ Tensor linear_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias
   args.bias = c.bias_data;
   args.activation = static_cast<Activation>(activation);
   args.y = static_cast<float*>(c.y.mutable_data_ptr());
+  if (z != nullptr) {
+    *z = keeps_z(activation) ? empty_as(c.y) : empty_vector(x);
+    args.z = keeps_z(activation) ? static_cast<float*>(z->mutable_data_ptr()) : nullptr;
+  }
   linear(select(), args);
   return c.y;
 }
 
-Tensor train_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias) {
-  return linear_cpu(x, weight, n, bias, 0, -1);
+Tensor linear_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias, int64_t activation, int64_t) {
+  return linear_on_cpu(x, weight, n, bias, activation, nullptr);
+}
+
+std::tuple<Tensor, Tensor> train_cpu(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias,
+                                     int64_t activation) {
+  Tensor z;
+  Tensor y = linear_on_cpu(x, weight, n, bias, activation, &z);
+  return {y, z};
 }
 
 #if defined(FASTSPARSE_WITH_CUDA)
@@ -144,8 +163,10 @@ Tensor linear_cuda(Tensor, Tensor, int64_t, std::optional<Tensor>, int64_t, int6
 }
 #endif
 
-Tensor train_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias) {
-  return linear_cuda(x, weight, n, bias, 0, -1);
+std::tuple<Tensor, Tensor> train_cuda(Tensor x, Tensor weight, int64_t n, std::optional<Tensor> bias,
+                                      int64_t activation) {
+  check_no_activation(kLinear, activation);
+  return {linear_cuda(x, weight, n, bias, 0, -1), empty_vector(x)};
 }
 
 Tensor pack_cpu(Tensor weight, int64_t format, int64_t block) {
@@ -307,8 +328,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
   // block << 32 of its header, by the codes there, so that on CUDA no call reads it; -1: unknown. The CPU reads its
   // own.
   m.def("sparse_linear(Tensor x, Tensor weight, int n, Tensor? bias=None, int activation=0, int kind=-1) -> Tensor");
-  // The same kernel under a name that carries autograd, without the activation (int8_gemm/ops.cpp says why).
-  m.def("sparse_linear_train(Tensor x, Tensor weight, int n, Tensor? bias=None) -> Tensor");
+  // The same kernel under a name that carries autograd (int8_gemm/ops.cpp says why): y, and what stands before gelu or
+  // silu, for the gradient; else [0].
+  m.def("sparse_linear_train(Tensor x, Tensor weight, int n, Tensor? bias=None, int activation=0) -> (Tensor, Tensor)");
   m.def("sparse_pack(Tensor weight, int format, int block=0) -> Tensor");
   m.def("sparse_validate(Tensor pack) -> int");
   m.def("sparse_unpack(Tensor pack, int n, int k) -> Tensor");

@@ -166,16 +166,17 @@ struct TransposeArgs {
   int64_t out_stride;
 };
 
-// y[i] = act(sum[i] + bias[i]); y may be sum.
+// y[i] = act(z[i]), z[i] = sum[i] + bias[i]; y may be sum.
 struct FinishArgs {
   const float* sum;
   const float* bias;  // or null
   Activation activation;
   int64_t count;
   float* y;
+  float* z = nullptr;  // gelu and silu: where z goes, or null
 };
 
-// y[r * y_stride + c] = act(sums[c * lanes + r] + bias[c])
+// y[r * y_stride + c] = act(z), z = sums[c * lanes + r] + bias[c]
 struct ColumnsArgs {
   const float* sums;  // the rows and columns of whole tiles are read: kColumnsSlack floats behind the last sum
   int64_t lanes;
@@ -184,9 +185,11 @@ struct ColumnsArgs {
   Activation activation;
   float* y;
   int64_t y_stride;
+  float* z = nullptr;  // gelu and silu: where z goes, laid out as y, or null
 };
 
-struct SampleArgs;  // training.h
+struct SampleArgs;          // training.h
+struct ActivationGradArgs;  // training.h
 
 struct Kernels {
   const char* name;
@@ -202,6 +205,7 @@ struct Kernels {
   void (*finish)(const FinishArgs&);
   void (*finish_columns)(const ColumnsArgs&);
   void (*sample)(const SampleArgs&);
+  void (*activation_grad)(const ActivationGradArgs&);
   void (*block_slices)(const FewArgs&);  // up to kBlockRows rows
   void (*block_panel)(const TileArgs&);
   void (*nm_slices)(const FewArgs&);  // up to kNmRows rows
@@ -224,7 +228,8 @@ struct LinearArgs {
   int64_t m;
   const float* bias;  // [n] or null
   Activation activation;
-  float* y;  // [m, n], contiguous
+  float* y;            // [m, n], contiguous
+  float* z = nullptr;  // gelu and silu: where x W^T + bias goes, for the gradient; [m, n], contiguous, or null
 };
 
 void linear(const Kernels& kernels, const LinearArgs& args);

@@ -4,6 +4,8 @@
 //
 //   product      y[M,N] = x[M,K] W^T, or with `transposed` y[M,K] = x[M,N] W    (bias and activation as in linear())
 //   sample       values[i] = sum_m p[m, row of i] * q[m, column of i]            (sddmm: the gradient to the values)
+//   activation_grad   out = grad * act'(z): what comes before the gradients of linear() and product(), which keep z (of
+//                gelu and silu) or y (of relu) for it, so that nothing is computed twice
 //
 // Exactness. product: one chain of fused multiply-adds over ascending k (over ascending n where transposed) that starts
 // at +0, as sparse_matmul.h says. sample: rows m are taken 64 at a time (the last up to 64: 16, 32 or 64, filled up
@@ -42,6 +44,17 @@ struct SampleArgs {
   float* values;
 };
 
+// out[i] = grad[i] * act'(z[i]). Each operation is one float32 rounding, the same on every level:
+// runtime/simd/math.inl.
+struct ActivationGradArgs {
+  const float* grad;
+  const float* saved;     // relu: y, as z > 0 exactly where y > 0 (NaN: grad, as in torch); else z
+  Activation activation;  // not none
+  int64_t count;
+  float* out;  // may be grad
+};
+void activation_grad(const Kernels& kernels, const ActivationGradArgs& args);
+
 struct StructureView;  // formats/structure.h
 
 struct ProductArgs {
@@ -53,7 +66,8 @@ struct ProductArgs {
   int64_t m;
   const float* bias;  // or null
   Activation activation;
-  float* y;  // [m, N], or [m, K] where transposed, contiguous
+  float* y;            // [m, N], or [m, K] where transposed, contiguous
+  float* z = nullptr;  // as in LinearArgs
 };
 void product(const Kernels& kernels, const ProductArgs& args);
 

@@ -16,6 +16,7 @@
 #include "formats/structure.h"
 #include "select.h"
 #include "training.h"
+#include "training_ops.h"
 
 namespace fs::sparse_matmul {
 namespace {
@@ -157,22 +158,51 @@ CheckedProduct check_product(const Tensor& x, const StructureView& view, const T
           bias.has_value() ? floats(kept_bias) : nullptr};
 }
 
-Tensor product_cpu(Tensor x, Tensor structure, Tensor values, int64_t n, bool transposed, std::optional<Tensor> bias,
-                   int64_t activation) {
+// `z`: null, or where the result before gelu or silu goes, an empty tensor for the others.
+Tensor product_on_cpu(const Tensor& x, const Tensor& structure, const Tensor& values, int64_t n, bool transposed,
+                      const std::optional<Tensor>& bias, int64_t activation, Tensor* z) {
   check_float(kLinear, "x", x);
   if (x.dim() < 1) fail(kLinear, "x must have at least one dimension, got x[]");
   const StructureView view = view_of(kLinear, structure);
   CheckedProduct c = check_product(x, view, values, n, transposed, bias, activation);
   const bool strided = x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= c.inner;
   const Tensor rows = strided ? x : as_contiguous(x);
-  product(select(), {&view, floats(c.values), transposed, floats(rows), strided ? x.stride(0) : c.inner, c.m,
-                     c.bias_data, static_cast<Activation>(activation), static_cast<float*>(c.y.mutable_data_ptr())});
+  const auto act = static_cast<Activation>(activation);
+  const bool keep = z != nullptr && (act == Activation::gelu || act == Activation::silu);
+  if (z != nullptr) *z = keep ? empty_as(c.y) : empty_vector(x);
+  product(select(),
+          {&view, floats(c.values), transposed, floats(rows), strided ? x.stride(0) : c.inner, c.m, c.bias_data, act,
+           static_cast<float*>(c.y.mutable_data_ptr()), keep ? static_cast<float*>(z->mutable_data_ptr()) : nullptr});
   return c.y;
 }
 
-Tensor product_train_cpu(Tensor x, Tensor structure, Tensor values, int64_t n, bool transposed,
-                         std::optional<Tensor> bias) {
-  return product_cpu(x, structure, values, n, transposed, bias, 0);
+Tensor product_cpu(Tensor x, Tensor structure, Tensor values, int64_t n, bool transposed, std::optional<Tensor> bias,
+                   int64_t activation) {
+  return product_on_cpu(x, structure, values, n, transposed, bias, activation, nullptr);
+}
+
+std::tuple<Tensor, Tensor> product_train_cpu(Tensor x, Tensor structure, Tensor values, int64_t n, bool transposed,
+                                             std::optional<Tensor> bias, int64_t activation) {
+  Tensor z;
+  Tensor y = product_on_cpu(x, structure, values, n, transposed, bias, activation, &z);
+  return {y, z};
+}
+
+// saved: y of relu, z of gelu and silu.
+Tensor activation_grad_cpu(Tensor grad, Tensor saved, int64_t activation) {
+  constexpr const char* kOp = "sparse_activation_grad";
+  check_float(kOp, "grad", grad);
+  check_float(kOp, "saved", saved);
+  bool same = grad.dim() == saved.dim();
+  for (int64_t i = 0; same && i < grad.dim(); ++i) same = grad.size(i) == saved.size(i);
+  if (!same) fail(kOp, "saved must have the shape of " + shape_of("grad", grad) + ", got " + shape_of("saved", saved));
+  if (activation < 1 || activation > 3)
+    fail(kOp, "activation must be 1 (relu), 2 (gelu) or 3 (silu), got " + text(activation));
+  const Tensor from = as_contiguous(grad), kept = as_contiguous(saved);
+  Tensor out = empty_as(grad);
+  activation_grad(select(), {floats(from), floats(kept), static_cast<Activation>(activation), grad.numel(),
+                             static_cast<float*>(out.mutable_data_ptr())});
+  return out;
 }
 
 // `nonzeros`: what the caller says, or -1.
@@ -272,9 +302,10 @@ Tensor product_cuda(Tensor, Tensor, Tensor, int64_t, bool, std::optional<Tensor>
 Tensor sddmm_cuda(Tensor, Tensor, Tensor, int64_t) { no_cuda("sddmm"); }
 #endif
 
-Tensor product_train_cuda(Tensor x, Tensor structure, Tensor values, int64_t n, bool transposed,
-                          std::optional<Tensor> bias) {
-  return product_cuda(x, structure, values, n, transposed, bias, 0);
+std::tuple<Tensor, Tensor> product_train_cuda(Tensor x, Tensor structure, Tensor values, int64_t n, bool transposed,
+                                              std::optional<Tensor> bias, int64_t activation) {
+  check_no_activation(kLinear, activation);
+  return {product_cuda(x, structure, values, n, transposed, bias, 0), empty_vector(x)};
 }
 
 }  // namespace
@@ -289,10 +320,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsparse, m) {
   m.def(
       "sparse_values_linear(Tensor x, Tensor structure, Tensor values, int n, bool transposed, Tensor? bias=None, "
       "int activation=0) -> Tensor");
-  // The same under a name that carries autograd, without the activation.
+  // The same under a name that carries autograd: y, and what stands before gelu or silu (else [0]).
   m.def(
       "sparse_values_linear_train(Tensor x, Tensor structure, Tensor values, int n, bool transposed, Tensor? "
-      "bias=None) -> Tensor");
+      "bias=None, int activation=0) -> (Tensor, Tensor)");
+  m.def("sparse_activation_grad(Tensor grad, Tensor saved, int activation) -> Tensor");
   m.def("sparse_sddmm(Tensor p, Tensor q, Tensor structure, int nonzeros) -> Tensor");
   m.def("sparse_sddmm_train(Tensor p, Tensor q, Tensor structure, int nonzeros) -> Tensor");
 }
@@ -311,6 +343,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastsparse, CPU, m) {
   m.impl("csr_to_dense", TORCH_BOX(&fs::sparse_matmul::csr_to_dense_cpu));
   m.impl("sparse_values_linear", TORCH_BOX(&fs::sparse_matmul::product_cpu));
   m.impl("sparse_values_linear_train", TORCH_BOX(&fs::sparse_matmul::product_train_cpu));
+  m.impl("sparse_activation_grad", TORCH_BOX(&fs::sparse_matmul::activation_grad_cpu));
   m.impl("sparse_sddmm", TORCH_BOX(&fs::sparse_matmul::sddmm_cpu));
   m.impl("sparse_sddmm_train", TORCH_BOX(&fs::sparse_matmul::sddmm_cpu));
 }

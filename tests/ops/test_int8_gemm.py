@@ -1594,3 +1594,19 @@ def test_refused_calls_change_nothing() -> None:
         with pytest.raises(ValueError):
             call()
     assert torch.equal(linear()(), wanted)
+
+
+def test_bias_gradient_of_no_outputs() -> None:
+    x, scale = torch.randn(3, 8, requires_grad=True), torch.ones(0)
+    codes = torch.zeros(0, 8, dtype=torch.int8)
+    nibbles = ops.pack(codes, "u4", scale=torch.zeros(0, 1, dtype=torch.float16), group_size=32)
+    for layer in (
+        lambda bias: ops.int8_linear(x, ops.pack(codes), scale, bias),
+        lambda bias: ops.weight_only_linear(x, nibbles, bias),
+        lambda bias: ops.sparse_int8_linear(x, ops.pack(codes, "blocks4x4"), scale, bias),
+        lambda bias: ops.sparse_linear(x, ops.pack(codes.float(), "panels128"), bias),
+    ):
+        bias = torch.randn(0, requires_grad=True)
+        layer(bias).sum().backward()
+        assert bias.grad is not None
+        assert bias.grad.shape == (0,)

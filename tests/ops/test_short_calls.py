@@ -36,6 +36,7 @@ VNNI16 = ops.pack(codes())
 GROUPS = ops.quantize_groups(weight(), 32)
 U4 = ops.pack(GROUPS[0], "u4", scale=GROUPS[1], group_size=32)
 BITMAP_U4 = ops.pack(GROUPS[0], "bitmap_u4", scale=GROUPS[1], group_size=32)
+INT8 = ("bitmap_s8", "windows_s8", "blocks1x4", "blocks4x4")
 BITMAP32, SELL8, PANELS = (ops.pack(weight(), format) for format in ("bitmap32", "sell8", "panels128"))
 
 
@@ -84,6 +85,7 @@ OPS = [
     Op("sparse_linear", (torch.float32,), BITMAP32),
     Op("sparse_linear", (torch.float32,), SELL8),
     Op("sparse_linear", (torch.float32,), PANELS),
+    *(Op("sparse_int8_linear", FLOATS, ops.pack(codes(), format), SCALE) for format in INT8),
 ]
 each_op = pytest.mark.parametrize("op", OPS, ids=repr)
 

@@ -9,6 +9,7 @@ inline __m128i dpbusd(__m128i sum, __m128i x, __m128i w) { return _mm_dpbusd_epi
 //
 #include "int8_bitmap_bytes.inl"
 #include "int8_blocks.inl"
+#include "int8_columns_avx512.inl"
 
 namespace {
 using Code = uint8_t;
@@ -25,4 +26,5 @@ const Kernels fs::sparse_matmul::int8::kAvx512 = {"avx512",
                                                   Lanes::kWidth,
                                                   &bitmap,
                                                   &windows,
-                                                  &blocks};
+                                                  &blocks,
+                                                  &finish_columns};

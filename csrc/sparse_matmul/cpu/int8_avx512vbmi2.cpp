@@ -9,6 +9,7 @@
 #include "int8_lanes_avx512.inl"
 //
 #include "int8_blocks.inl"
+#include "int8_columns_avx512.inl"
 
 namespace {
 
@@ -228,4 +229,5 @@ const Kernels fs::sparse_matmul::int8::kAvx512Vbmi2 = {"avx512vbmi2",
                                                        Lanes::kWidth,
                                                        &bitmap,
                                                        &windows,
-                                                       &blocks};
+                                                       &blocks,
+                                                       &finish_columns};

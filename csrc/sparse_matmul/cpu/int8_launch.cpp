@@ -27,16 +27,22 @@ void split(int64_t count, bool alone, const Body& body) {
   });
 }
 
-// Bytes between the rows of codes: whole blocks of what quantize writes, and out of step with the sets of L1.
-int64_t code_stride(const Kernels& kernels, int64_t k) { return round_up(k * kernels.dense->panel_bytes, 256) + 64; }
+// Rows of so many k are a block of an A panel, and quantized together.
+bool one_block(const Kernels& kernels, int64_t k) { return k * kernels.dense->panel_bytes <= int8_gemm::kBlockBytes; }
 
-// Codes of rows [row, row + rows), code_stride apart, one after the other: blocks of a panel of one row lie side by
-// side.
+// Bytes between the rows of codes: whole blocks of what quantize writes, and out of step with the sets of L1.
+int64_t code_stride(const Kernels& kernels, int64_t k) {
+  return one_block(kernels, k) ? int8_gemm::kRowStride : round_up(k * kernels.dense->panel_bytes, 256) + 64;
+}
+
+// Codes of rows [row, row + rows), code_stride apart. Longer rows come one after the other: the blocks of a panel of
+// one row lie side by side.
 void quantize(const Kernels& kernels, const LinearArgs& args, int64_t k, int64_t row, int64_t rows, uint8_t* codes,
               float* scale) {
-  for (int64_t r = 0; r < rows; ++r)
+  const int64_t step = one_block(kernels, k) ? rows : 1;
+  for (int64_t r = 0; r < rows; r += step)
     kernels.dense->quantize({static_cast<const char*>(args.x) + (row + r) * args.x_stride * element_bytes(args.dtype),
-                             args.dtype, args.x_stride, 1, k, codes + r * code_stride(kernels, k),
+                             args.dtype, args.x_stride, step, k, codes + r * code_stride(kernels, k),
                              int8_gemm::kBlockBytes, true, 0.0f, 0, scale + r});
 }
 
@@ -178,6 +184,13 @@ void linear_panels_part(const Kernels& kernels, const LinearArgs& args, int64_t 
         std::memset(s.sums, 0, static_cast<size_t>(kOutputs * lanes) * 4);
       else
         kernels.blocks({w, s.panel, lanes, chunk, kernels.dense->panel_offset, s.sums});
+      if (kernels.finish_columns != nullptr && args.dtype == DType::f32) {
+        const int64_t n = chunk * kOutputs;
+        kernels.finish_columns({s.sums, lanes, rows, std::min<int64_t>(kOutputs, w.n - n), s.scale,
+                                args.weight_scale + n, args.bias == nullptr ? nullptr : args.bias + n, args.activation,
+                                static_cast<float*>(args.y) + row * w.n + n, w.n});
+        continue;
+      }
       for (int64_t n = chunk * kOutputs; n < std::min((chunk + 1) * kOutputs, w.n); n += kMaxTileColumns) {
         const int64_t columns = std::min<int64_t>(kMaxTileColumns, w.n - n);
         transpose(kernels, s.sums + (n - chunk * kOutputs) * lanes, lanes, columns, rows, s.acc, kMaxTileColumns);

@@ -11,6 +11,7 @@
 
 #include "../../runtime/simd/activate.inl"
 #include "../sparse_matmul.h"
+#include "../training.h"
 
 namespace {
 
@@ -168,15 +169,21 @@ void transpose(const TransposeArgs& t) {
 template <fs::Activation kActivation>
 void finish_with(const FinishArgs& f) {
   using S = Simd;
+  constexpr bool kLong = kActivation == fs::Activation::gelu || kActivation == fs::Activation::silu;
   // Without a bias -0.0 is added, which changes nothing, not even the sign of a zero.
   const S::F no_bias = S::set1(-0.0f);
   int64_t i = 0;
-  for (; i + S::kWidth <= f.count; i += S::kWidth)
-    S::store(f.y + i, activate<kActivation>(S::add(S::load(f.sum + i), f.bias ? S::load(f.bias + i) : no_bias)));
+  for (; i + S::kWidth <= f.count; i += S::kWidth) {
+    const S::F z = S::add(S::load(f.sum + i), f.bias ? S::load(f.bias + i) : no_bias);
+    if (kLong && f.z != nullptr) S::store(f.z + i, z);
+    S::store(f.y + i, activate<kActivation>(z));
+  }
   if (i < f.count) {
     const int n = static_cast<int>(f.count - i);
     const S::F bias = f.bias ? S::load_n(f.bias + i, n) : no_bias;
-    S::store_n(f.y + i, activate<kActivation>(S::add(S::load_n(f.sum + i, n), bias)), n);
+    const S::F z = S::add(S::load_n(f.sum + i, n), bias);
+    if (kLong && f.z != nullptr) S::store_n(f.z + i, z, n);
+    S::store_n(f.y + i, activate<kActivation>(z), n);
   }
 }
 
@@ -212,13 +219,41 @@ void finish_columns_with(const ColumnsArgs& a) {
       float tile[kW * kW];
       transpose_tile(sums, a.lanes, [&](int64_t i, S::F v) { S::store(tile + i * kW, v); });
       for (int64_t i = 0; i < rows; ++i) {
-        const S::F v = activate<kActivation>(S::add(S::load(tile + i * kW), bias));
+        const S::F z = S::add(S::load(tile + i * kW), bias), v = activate<kActivation>(z);
+        if (!kShort && a.z != nullptr) {
+          float* const to = a.z + (r + i) * a.y_stride + c;
+          if (columns == kW)
+            S::store(to, z);
+          else
+            S::store_n(to, z, columns);
+        }
         if (columns == kW)
           S::store(y + i * a.y_stride, v);
         else
           S::store_n(y + i * a.y_stride, v, columns);
       }
     }
+  }
+}
+
+template <fs::Activation kActivation>
+void activation_grad_with(const ActivationGradArgs& a) {
+  using S = Simd;
+  int64_t i = 0;
+  for (; i + S::kWidth <= a.count; i += S::kWidth)
+    S::store(a.out + i, times_derivative<kActivation>(S::load(a.grad + i), S::load(a.saved + i)));
+  if (i < a.count) {
+    const int n = static_cast<int>(a.count - i);
+    S::store_n(a.out + i, times_derivative<kActivation>(S::load_n(a.grad + i, n), S::load_n(a.saved + i, n)), n);
+  }
+}
+
+void activation_grad_block(const ActivationGradArgs& a) {
+  switch (a.activation) {
+    case fs::Activation::none: return activation_grad_with<fs::Activation::none>(a);
+    case fs::Activation::relu: return activation_grad_with<fs::Activation::relu>(a);
+    case fs::Activation::gelu: return activation_grad_with<fs::Activation::gelu>(a);
+    case fs::Activation::silu: return activation_grad_with<fs::Activation::silu>(a);
   }
 }
 

@@ -31,8 +31,9 @@ void finish_rows(const Kernels& kernels, const LinearArgs& args, int64_t row, in
                  int64_t columns) {
   if (args.bias == nullptr && args.activation == Activation::none) return;
   for (int64_t r = row; r < row + rows; ++r) {
-    float* y = args.y + r * args.weight.n + column;
-    kernels.finish({y, args.bias == nullptr ? nullptr : args.bias + column, args.activation, columns, y});
+    const int64_t at = r * args.weight.n + column;
+    kernels.finish({args.y + at, args.bias == nullptr ? nullptr : args.bias + column, args.activation, columns,
+                    args.y + at, args.z == nullptr ? nullptr : args.z + at});
   }
 }
 
@@ -173,12 +174,14 @@ void finish_chunk(const Kernels& kernels, const LinearArgs& args, const float* s
   const int64_t n = args.weight.n;
   const float* const bias = args.bias == nullptr ? nullptr : args.bias + column;
   float* const y = args.y + row * n + column;
-  if (!far_rows(n)) return kernels.finish_columns({sums, lanes, rows, columns, bias, args.activation, y, n});
+  float* const z = args.z == nullptr ? nullptr : args.z + row * n + column;
+  if (!far_rows(n)) return kernels.finish_columns({sums, lanes, rows, columns, bias, args.activation, y, n, z});
   for (int64_t r = 0; r < rows; r += kRowsBack) {
     const int64_t height = std::min(kRowsBack, rows - r);
     kernels.transpose({sums + r, lanes, columns, height, back, kChunk});
     for (int64_t i = 0; i < height; ++i)
-      kernels.finish({back + i * kChunk, bias, args.activation, columns, y + (r + i) * n});
+      kernels.finish({back + i * kChunk, bias, args.activation, columns, y + (r + i) * n,
+                      z == nullptr ? nullptr : z + (r + i) * n});
   }
 }
 

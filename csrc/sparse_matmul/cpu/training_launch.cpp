@@ -68,9 +68,18 @@ void product(const Kernels& kernels, const ProductArgs& args) {
     refresh(labelled, args.values, s.nonzeros, values);
   else
     std::memset(values, 0, static_cast<size_t>(labelled.floats) * sizeof(float));
-  LinearArgs linear_args{labelled.pack, args.x, args.x_stride, args.m, args.bias, args.activation, args.y};
+  LinearArgs linear_args{labelled.pack, args.x, args.x_stride, args.m, args.bias, args.activation, args.y, args.z};
   linear_args.weight.value = values;
   linear(kernels, linear_args);
+}
+
+void activation_grad(const Kernels& kernels, const ActivationGradArgs& args) {
+  constexpr int64_t kPart = 16384;
+  split(ceil_div(args.count, kPart), one_thread(1, args.count), [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * kPart;
+    kernels.activation_grad(
+        {args.grad + at, args.saved + at, args.activation, std::min(end * kPart, args.count) - at, args.out + at});
+  });
 }
 
 void sample(const Kernels& kernels, const SampleProductArgs& args) {

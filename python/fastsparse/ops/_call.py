@@ -48,6 +48,16 @@ def direct(name: str) -> Callable[..., Tensor | None]:
     return function
 
 
+def whole(inputs: tuple[Any, ...], *defaults: Any, count: int) -> tuple[Any, ...]:
+    """All `count` inputs of an op, of which the dispatcher drops trailing ones that have their default."""
+    return (*inputs, *defaults[len(inputs) - count + len(defaults) :])
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """[..., K] as [M, K]; a reshape to -1 could not say what M is where K = 0."""
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]
+
+
 def no_tensor(op: str, **arguments: Any) -> ValueError:
     """The error of `op` where one of these is no tensor; those that may be None come last."""
     wrong = [(name, value) for name, value in arguments.items() if not isinstance(value, Tensor)]

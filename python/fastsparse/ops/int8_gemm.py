@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from fastsparse.ops._call import direct, eager, no_tensor
+from fastsparse.ops._call import as_matrix, direct, eager, no_tensor
 from fastsparse.ops._pack import HEADER, read_header
 
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
@@ -487,7 +487,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             values = _dense(weight, weight_scale.shape[0], ctx.k)
             grad_x = ((grad.float() * weight_scale) @ values).to(ctx.x_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+        grad_bias = as_matrix(grad).sum(0, dtype=ctx.bias_dtype)
     if ctx.has_residual and ctx.needs_input_grad[6]:
         grad_residual = grad
     return grad_x, None, None, grad_bias, None, None, grad_residual, None
@@ -565,7 +565,7 @@ def _weight_only_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
                 grad_x = ((grad.float() * weight_scale) @ values).to(grad.dtype)
     # The dispatcher drops trailing arguments that have their default, and needs_input_grad with them.
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+        grad_bias = as_matrix(grad).sum(0, dtype=ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias
 
 

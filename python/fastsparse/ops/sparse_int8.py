@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastsparse.ops import _auto
-from fastsparse.ops._call import eager
+from fastsparse.ops._call import as_matrix, direct, eager
 from fastsparse.ops._pack import HEADER
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 
@@ -33,6 +33,7 @@ WINDOWS_DENSITY = 0.6  # denser: windows lose, whatever the rows
 
 _sparse_int8_linear = torch.ops.fastsparse.sparse_int8_linear.default
 _sparse_int8_linear_now = eager(_sparse_int8_linear)
+_sparse_int8_linear_direct = direct("sparse_int8_linear")
 _sparse_int8_linear_train = torch.ops.fastsparse.sparse_int8_linear_train.default
 _sparse_int8_pack = torch.ops.fastsparse.sparse_int8_pack.default
 _sparse_int8_unpack = torch.ops.fastsparse.sparse_int8_unpack.default
@@ -70,6 +71,10 @@ def sparse_int8_linear(
         raise ValueError(
             f"sparse_int8_linear: activation must be None, 'relu', 'gelu' or 'silu', got {activation!r}"
         ) from None
+    if not is_dynamo_compiling():
+        y = _sparse_int8_linear_direct(x, weight, weight_scale, bias, code)
+        if y is not None:
+            return y
     if torch.is_grad_enabled():
         if weight_scale.requires_grad:
             raise ValueError("sparse_int8_linear: weight_scale must not require a gradient: there is none for it")
@@ -215,7 +220,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             values = _sparse_int8_unpack(weight, weight_scale.shape[0], ctx.k).float()
             grad_x = ((grad.float() * weight_scale) @ values).to(grad.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+        grad_bias = as_matrix(grad).sum(0, dtype=ctx.bias_dtype)
     return grad_x, None, None, grad_bias
 
 

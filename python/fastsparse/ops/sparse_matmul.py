@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from fastsparse.ops import _auto
-from fastsparse.ops._call import direct, eager
+from fastsparse.ops._call import as_matrix, direct, eager, whole
 from fastsparse.ops._pack import FORMATS as NAMES
 from fastsparse.ops._pack import HEADER, PAIR, SHAPED, Rows, kind_of, read_header
 from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
-from fastsparse.ops.sparse_training import values_linear
+from fastsparse.ops.sparse_training import before_activation, fake_z, kept_of, values_linear
 
 FORMATS = {"bitmap32": 2, "sell16": 3, "panels128": 4, "sell8": 8, "sell4": 17}
 # Of float16 and bfloat16 weights, for CUDA; bitmap32 of bfloat16 runs on the CPU, too, sell8 and panels128 there alone.
@@ -76,8 +76,8 @@ def sparse_linear(
             the float32 pack of the same values; on CUDA any of float16 or bfloat16. It is a plain tensor without a
             gradient. Or, with `values`, a structure from `sparse_structure`.
         bias: float32 [N].
-        activation: None, "relu", "gelu" (the exact one) or "silu"; inside the kernel, but where gradients are recorded
-            torch's own op behind it: gelu and silu then differ by rounding.
+        activation: None, "relu", "gelu" (the exact one) or "silu"; inside the kernel, forward and backward, but on CUDA
+            where gradients are recorded torch's own op behind it: gelu and silu then differ by rounding.
         out_features: N. Needed under torch.compile where there is no bias (the pack's bytes can't be read there).
         values: float32 [nonzeros], for training: the weight's values at the structure's places, by row, then column.
         header: what `describe(weight)` says, for CUDA, where a call without it copies the header from the device: the
@@ -112,7 +112,10 @@ def sparse_linear(
                 "sparse_linear: weight must not require a gradient: a pack has none (sparse_structure's values may)"
             )
         if x.requires_grad or (bias is not None and bias.requires_grad):
-            return _ACTIVATE[code](_sparse_linear_train(x, weight, n, bias))
+            if x.is_cuda:
+                return _ACTIVATE[code](_sparse_linear_train(x, weight, n, bias)[0])
+            y = _sparse_linear_train(x, weight, n, bias, code)[0]
+            return y
     linear = _sparse_linear if is_dynamo_compiling() else _sparse_linear_now
     if header is not None and x.is_cuda:
         return linear(x, weight, header["n"] if n < 0 else n, bias, code, kind_of(header))
@@ -256,7 +259,10 @@ def _(x: Tensor, weight: Tensor, n: int, bias: Tensor | None = None, activation:
     return _linear_shape(x, weight, n, bias)
 
 
-torch.library.register_fake("fastsparse::sparse_linear_train")(_linear_shape)
+@torch.library.register_fake("fastsparse::sparse_linear_train")
+def _(x: Tensor, weight: Tensor, n: int, bias: Tensor | None = None, activation: int = 0) -> tuple[Tensor, Tensor]:
+    y = _linear_shape(x, weight, n, bias)
+    return y, fake_z(y, activation)
 
 
 @torch.library.register_fake("fastsparse::sparse_pack")
@@ -283,11 +289,12 @@ def _(pack: Tensor, n: int, k: int, bfloat16: bool) -> Tensor:
     return pack.new_empty((n, k), dtype=torch.bfloat16 if bfloat16 else torch.float16)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _n, bias = (*inputs, None)[:4]
-    ctx.save_for_backward(weight)
-    ctx.n, ctx.k = output.shape[-1], x.shape[-1]
-    ctx.has_bias = bias is not None
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _n, bias, activation = whole(inputs, None, 0, count=5)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, kept_of(output, activation))
+    ctx.n, ctx.k = output[0].shape[-1], x.shape[-1]
+    ctx.has_bias, ctx.activation = bias is not None, activation
 
 
 def _dense(weight: Tensor, n: int, k: int, grad: Tensor) -> Tensor:
@@ -298,16 +305,19 @@ def _dense(weight: Tensor, n: int, k: int, grad: Tensor) -> Tensor:
     return unpack_float(there, read_header(there)).to(grad.device, grad.dtype)
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (weight,) = ctx.saved_tensors
+def _linear_backward(ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
+    weight, kept = ctx.saved_tensors
     grad_x = grad_bias = None
+    grad = before_activation(grad_y, grad_z, kept, ctx.activation)
+    if grad is None:
+        return (None,) * 5
     if ctx.needs_input_grad[0]:
         with torch.autocast(grad.device.type, enabled=False):
             grad_x = grad @ _dense(weight, ctx.n, ctx.k, grad)
     # The dispatcher drops trailing arguments that have their default, and needs_input_grad with them.
     if ctx.has_bias and ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, None, grad_bias
+        grad_bias = as_matrix(grad).sum(0)
+    return grad_x, None, None, grad_bias, None
 
 
 torch.library.register_autograd("fastsparse::sparse_linear_train", _linear_backward, setup_context=_save_for_backward)

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsparse.ops.int8_gemm import _ACTIVATE, _check_devices
+from fastsparse.ops._call import as_matrix, whole
+from fastsparse.ops.int8_gemm import _ACTIVATE, ACTIVATIONS, _check_devices
 
 _product_plain = torch.ops.fastsparse.sparse_values_linear.default
 _product_train = torch.ops.fastsparse.sparse_values_linear_train.default
 _sddmm_plain = torch.ops.fastsparse.sparse_sddmm.default
 _sddmm_train = torch.ops.fastsparse.sparse_sddmm_train.default
+_activation_grad = torch.ops.fastsparse.sparse_activation_grad.default
 _structure = torch.ops.fastsparse.sparse_structure.default
 _indices = torch.ops.fastsparse.sparse_structure_indices.default
 _check_csr = torch.ops.fastsparse.sparse_check_csr.default
@@ -186,7 +188,10 @@ def _product(
 ) -> Tensor:
     wants = x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     if wants and torch.is_grad_enabled():
-        return _ACTIVATE[code](_product_train(x, structure, values, n, transposed, bias))
+        if x.is_cuda:
+            return _ACTIVATE[code](_product_train(x, structure, values, n, transposed, bias)[0])
+        y: Tensor = _product_train(x, structure, values, n, transposed, bias, code)[0]
+        return y
     return _product_plain(x, structure, values, n, transposed, bias, code)
 
 
@@ -270,6 +275,19 @@ def _(
 
 
 @torch.library.register_fake("fastsparse::sparse_values_linear_train")
+def _(
+    x: Tensor,
+    structure: Tensor,
+    values: Tensor,
+    n: int,
+    transposed: bool,
+    bias: Tensor | None = None,
+    activation: int = 0,
+) -> tuple[Tensor, Tensor]:
+    y = _product_shape(x, structure, values, n, transposed, bias)
+    return y, fake_z(y, activation)
+
+
 def _product_shape(
     x: Tensor, structure: Tensor, values: Tensor, n: int, transposed: bool, bias: Tensor | None = None
 ) -> Tensor:
@@ -292,30 +310,69 @@ def _sddmm_shape(p: Tensor, q: Tensor, structure: Tensor, nonzeros: int) -> Tens
 torch.library.register_fake("fastsparse::sparse_sddmm_train")(_sddmm_shape)
 
 
-def _matrix(t: Tensor) -> Tensor:
-    """[..., K] as [M, K]; a reshape to -1 could not say what M is where K = 0."""
-    return t.flatten(0, -2) if t.dim() > 1 else t[None]
+# --- The activation of a layer of which gradients are recorded -------------------------------------------------------
+
+_RELU, _GELU, _SILU = (ACTIVATIONS[name] for name in ("relu", "gelu", "silu"))
 
 
-def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, structure, values, _n, transposed, bias = (*inputs, None)[:6]
-    ctx.save_for_backward(x, structure, values)
-    ctx.transposed, ctx.has_bias = transposed, bias is not None
+def fake_z(y: Tensor, activation: int) -> Tensor:
+    """The second result of a layer that trains: what stands before gelu and silu, [0] where nothing is kept."""
+    return torch.empty_like(y) if activation in (_GELU, _SILU) else y.new_empty((0,))
 
 
-def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, structure, values = ctx.saved_tensors
+@torch.library.register_fake("fastsparse::sparse_activation_grad")
+def _(grad: Tensor, saved: Tensor, activation: int) -> Tensor:
+    return grad.new_empty(grad.shape)
+
+
+def kept_of(output: tuple[Tensor, Tensor], activation: int) -> Tensor:
+    """What the gradient through the activation needs: y of relu, z of gelu and silu."""
+    return output[0] if activation == _RELU else output[1]
+
+
+def before_activation(grad: Tensor | None, grad_z: Tensor | None, kept: Tensor, activation: int) -> Tensor | None:
+    """The gradient of what stands before the activation, of those of both results of a layer that trains.
+
+    z is no one's but the second derivative's: there, torch's own ops are taken.
+    """
+    if grad is None or activation == 0:
+        return grad if activation == 0 or grad_z is None else grad_z
+    if torch.is_grad_enabled():
+        if activation == _RELU:
+            through = torch.ops.aten.threshold_backward(grad, kept, 0)
+        elif activation == _GELU:
+            through = torch.ops.aten.gelu_backward(grad, kept)
+        else:  # of torch's silu_backward there is no derivative
+            s = kept.sigmoid()
+            through = grad * (s * (1 + kept * (1 - s)))
+    else:
+        through = _activation_grad(grad, kept, activation)
+    return through if grad_z is None or activation == _RELU else through + grad_z
+
+
+def _save_product(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, structure, values, _n, transposed, bias, activation = whole(inputs, None, 0, count=7)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, structure, values, kept_of(output, activation))
+    ctx.transposed, ctx.has_bias, ctx.activation = transposed, bias is not None, activation
+
+
+def _product_backward(ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, structure, values, kept = ctx.saved_tensors
     grad_x = grad_values = grad_bias = None
+    grad = before_activation(grad_y, grad_z, kept, ctx.activation)
+    if grad is None:
+        return (None,) * 7
     if ctx.needs_input_grad[0]:
         grad_x = _product(grad, structure, values, x.shape[-1], not ctx.transposed)
-    rows = _matrix(grad)
+    rows = as_matrix(grad)
     if ctx.needs_input_grad[2]:
-        outer, inner = (_matrix(x), rows) if ctx.transposed else (rows, _matrix(x))
+        outer, inner = (as_matrix(x), rows) if ctx.transposed else (rows, as_matrix(x))
         grad_values = _sddmm(outer, inner, structure, values.numel())
     # The dispatcher drops trailing arguments that have their default, and needs_input_grad with them.
     if ctx.has_bias and ctx.needs_input_grad[5]:
         grad_bias = rows.sum(0)
-    return grad_x, None, grad_values, None, None, grad_bias
+    return grad_x, None, grad_values, None, None, grad_bias, None
 
 
 def _save_sddmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
