@@ -590,6 +590,7 @@ BARS: tuple[Bar, ...] = (
             _int4_over_int8(group),
             at_least=goal,
             condition=vnni512,
+            noise=NOISE,
         )
         for group, goal in ((32, 1.66), (64, 1.76), (128, 1.83))
     ),
