@@ -1610,3 +1610,23 @@ def test_bias_gradient_of_no_outputs() -> None:
         layer(bias).sum().backward()
         assert bias.grad is not None
         assert bias.grad.shape == (0,)
+
+
+def test_gradients_of_batches_of_gradients() -> None:
+    codes, scale, bias = torch.randint(-9, 10, (8, 32), dtype=torch.int8), torch.rand(8), torch.randn(8)
+    nibbles = ops.pack(codes.clamp(-8, 7), "u4", scale=torch.rand(8, 1).half(), group_size=32)
+    structure, values = ops.sparse_structure(codes.float())
+    panels = ops.pack(codes.float(), "panels128")
+    for layer in (
+        lambda x, bias: ops.int8_linear(x, ops.pack(codes), scale, bias),
+        lambda x, bias: ops.weight_only_linear(x, nibbles, bias),
+        lambda x, bias: ops.sparse_int8_linear(x, ops.pack(codes, "blocks4x4"), scale, bias),
+        lambda x, bias: ops.sparse_linear(x, panels, bias, "gelu"),
+        lambda x, bias: ops.sparse_linear(x, structure, bias, "gelu", values=values),
+    ):
+        inputs = [torch.randn(2, 3, 32, requires_grad=True), bias.clone().requires_grad_()]
+        y, grads = layer(*inputs), torch.randn(4, 2, 3, 8)
+        batch = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+        single = [torch.autograd.grad(y, inputs, grad, retain_graph=True) for grad in grads]
+        for got, wanted in zip(batch, zip(*single, strict=True), strict=True):
+            torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-4, atol=1e-4)

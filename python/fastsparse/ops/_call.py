@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,8 +55,8 @@ def whole(inputs: tuple[Any, ...], *defaults: Any, count: int) -> tuple[Any, ...
 
 
 def as_matrix(t: Tensor) -> Tensor:
-    """[..., K] as [M, K]; a reshape to -1 could not say what M is where K = 0."""
-    return t.flatten(0, -2) if t.dim() > 1 else t[None]
+    """[..., K] as [M, K]; a reshape to -1 could not say what M is where K = 0, and flatten knows no batches (vmap)."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def no_tensor(op: str, **arguments: Any) -> ValueError:
