@@ -189,7 +189,10 @@ def test_save_and_load(kind: dict[str, Any], tmp_path: Path) -> None:
         fastsparse.load(path)
 
 
-@pytest.mark.parametrize("config", [Int8WeightOnly(), Int4WeightOnly(group_size=32), Int4WeightOnly(symmetric=False)])
+@pytest.mark.parametrize(
+    "config",
+    [Int8WeightOnly(), Int4WeightOnly(group_size=32), Int4WeightOnly(symmetric=False), Int4WeightOnly(sparse=True)],
+)
 def test_quantize_puts_it_where_it_is_faster(config: Int8WeightOnly | Int4WeightOnly) -> None:
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
     x = torch.randn(1, 64)
@@ -200,6 +203,33 @@ def test_quantize_puts_it_where_it_is_faster(config: Int8WeightOnly | Int4Weight
     assert kinds == [nn.Linear, WeightOnlyLinear] or kinds == [WeightOnlyLinear, nn.Linear]
     chosen = {row["layer"]: row["chosen"] for row in report.rows}
     assert sorted(chosen.values()) == sorted(["dense", config.name])
+
+
+def test_quantize_leaves_zeros_out() -> None:
+    linear = nn.Linear(150, 37)
+    with torch.no_grad():
+        linear.weight[torch.rand(37, 150) < 0.7] = 0
+    layers: list[WeightOnlyLinear] = []
+    for sparse in (False, True):
+        model = nn.Sequential(copy.deepcopy(linear))
+        quantize_(model, Int4WeightOnly(sparse=sparse, measure=False))
+        layer = model[0]
+        assert isinstance(layer, WeightOnlyLinear)
+        assert layer.sparse == sparse
+        layers.append(layer)
+    dense, without = layers
+    assert ops.describe(without.weight)["format"] == "bitmap_u4"
+    assert without.weight.numel() < dense.weight.numel()
+    x = torch.randn(2, 150)
+    assert torch.equal(without(x), dense(x))
+
+
+@pytest.mark.parametrize(("sparse", "kinds"), [(False, 1), (True, 2)])
+def test_sparse_layers_are_timed_by_their_zeros(sparse: bool, kinds: int) -> None:
+    layers = [nn.Linear(64, 64), nn.Linear(64, 64)]
+    with torch.no_grad():
+        layers[1].weight[torch.rand(64, 64) < 0.8] = 0
+    assert len({Int4WeightOnly(sparse=sparse).kind(layer) for layer in layers}) == kinds
 
 
 def test_weights_too_large_for_float16_scales_stay_dense() -> None:
@@ -238,6 +268,8 @@ def test_bad_input() -> None:
         (lambda: WeightOnlyLinear(-1, 1, bits=4), "in_features must be an int from 0"),
         (lambda: Int4WeightOnly(group_size=16), "group_size must be 32, 64 or 128, got 16"),
         (lambda: Int4WeightOnly(symmetric=1), "symmetric must be True or False, got 1"),  # type: ignore[arg-type]
+        (lambda: Int4WeightOnly(sparse=1), "sparse must be True or False, got 1"),  # type: ignore[arg-type]
+        (lambda: Int4WeightOnly(symmetric=False, sparse=True), "sparse must be False with zero points, got True"),
     ):
         with pytest.raises(ValueError, match=message):
             change()

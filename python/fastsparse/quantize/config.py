@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from fastsparse import ops
 from fastsparse.convert import Conversion
 from fastsparse.nn import Int8Linear, WeightOnlyLinear
 from fastsparse.nn.int8_linear import MAX_K
@@ -96,12 +98,14 @@ class Int4WeightOnly(Conversion):
     Attributes:
         group_size: 32, 64 or 128 inputs share a scale: smaller is more accurate, larger is faster.
         symmetric: False gives each group a zero point beside its scale.
+        sparse: True leaves out what is zero, or rounds to zero: the same y; only symmetric.
 
     The others are those of `convert.Conversion`.
     """
 
     group_size: int = DEFAULT_GROUP_SIZE
     symmetric: bool = True
+    sparse: bool = False
 
     name: ClassVar[str] = "int4 weights"
     title: ClassVar[str] = "int4 weights"
@@ -112,11 +116,20 @@ class Int4WeightOnly(Conversion):
             raise ValueError(f"Int4WeightOnly: group_size must be 32, 64 or 128, got {self.group_size!r}")
         if type(self.symmetric) is not bool:
             raise ValueError(f"Int4WeightOnly: symmetric must be True or False, got {self.symmetric!r}")
+        if type(self.sparse) is not bool or (self.sparse and not self.symmetric):
+            wanted = "True or False" if self.symmetric else "False with zero points"
+            raise ValueError(f"Int4WeightOnly: sparse must be {wanted}, got {self.sparse!r}")
 
     def why_not(self, linear: nn.Linear) -> str | None:
         if linear.weight.detach().abs().max() > 65504 * (8 if self.symmetric else 7.5):
             return "its weights need scales beyond the 65504 of float16"
         return None
 
+    def kind(self, linear: nn.Linear) -> Hashable:
+        if not self.sparse:
+            return None
+        codes = ops.quantize_groups(linear.weight.detach().float().cpu(), self.group_size)[0]
+        return round(100 * int(torch.count_nonzero(codes)) / max(codes.numel(), 1))  # per cent, rounding included
+
     def build(self, linear: nn.Linear, rows: Rows) -> nn.Module:
-        return WeightOnlyLinear.from_linear(linear, 4, self.group_size, symmetric=self.symmetric)
+        return WeightOnlyLinear.from_linear(linear, 4, self.group_size, symmetric=self.symmetric, sparse=self.sparse)
