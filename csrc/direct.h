@@ -37,6 +37,8 @@ class Host {
   ~Host() = default;
 };
 
+inline bool is_activation(int64_t code) { return 0 <= code && code <= 3; }
+
 // The arguments of the ops of these names, a missing tensor null. False: not this way.
 FASTSPARSE_API bool int8_linear(Host& host, const View& x, const View& weight, const View& weight_scale,
                                 const View* bias, int64_t activation);

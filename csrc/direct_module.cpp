@@ -16,8 +16,7 @@
 namespace fs::direct {
 namespace {
 
-// --- DLPack 1.x, as far as it is used (https://dmlc.github.io/dlpack): the layout of its structs is its ABI
-// -------------
+// --- DLPack 1.x (https://dmlc.github.io/dlpack), as far as it is used: the layout of its structs is its ABI --
 
 struct DLTensor {
   void* data;
@@ -39,8 +38,7 @@ struct ExchangeApi {
   void* current_work_stream;
 };
 
-// --- What direct_setup() was given
-// ------------------------------------------------------------------------------------
+// --- What direct_setup() was given ----------------------------------------------------------------------------------
 
 struct Torch {
   int (*view)(void* tensor, DLTensor* out) = nullptr;

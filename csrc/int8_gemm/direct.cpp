@@ -28,6 +28,7 @@ const float* floats(const View* vector) {
 bool int8_linear(Host& host, const View& x, const View& weight, const View& weight_scale, const View* bias,
                  int64_t activation) {
   LinearArgs a{};
+  if (!is_activation(activation)) return false;
   if (x.dims < 1 || !float_type(x, &a.dtype) || !is_pack(weight) || weight_scale.dims != 1) return false;
   a.m = x.rows();
   a.k = x.columns();
@@ -74,6 +75,7 @@ bool int8_mm(Host& host, const View& a, const View& b) {
 bool weight_only_linear(Host& host, const View& x, const View& weight, const View* weight_scale, const View* bias,
                         int64_t n, int64_t activation) {
   WeightOnlyArgs a{};
+  if (!is_activation(activation)) return false;
   if (x.dims < 1 || !float_type(x, &a.dtype) || !is_pack(weight)) return false;
   a.m = x.rows();
   a.k = x.columns();

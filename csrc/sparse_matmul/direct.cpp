@@ -13,6 +13,7 @@ namespace fs::direct {
 bool sparse_linear(Host& host, const View& x, const View& weight, const View* bias, int64_t n, int64_t activation) {
   using namespace sparse_matmul;
   LinearArgs a{};
+  if (!is_activation(activation)) return false;
   if (x.dims < 1 || x.type != Element::f32) return false;
   if (weight.type != Element::u8 || weight.dims != 1 || !weight.contiguous()) return false;
   a.m = x.rows();
@@ -35,6 +36,7 @@ bool sparse_int8_linear(Host& host, const View& x, const View& weight, const Vie
                         int64_t activation) {
   using namespace sparse_matmul;
   int8::LinearArgs a{};
+  if (!is_activation(activation)) return false;
   if (x.dims < 1 || !float_type(x, &a.dtype)) return false;
   if (weight.type != Element::u8 || weight.dims != 1 || !weight.contiguous()) return false;
   int8::Weight w{};

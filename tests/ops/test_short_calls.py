@@ -225,6 +225,16 @@ def test_out_features_is_checked() -> None:
         ops.sparse_linear(x, BITMAP32, out_features=N + 1)
 
 
+@each_op
+def test_activation_is_checked(op: Op) -> None:
+    x = x_of(M, K)
+    assert op.short(x, BIAS, 4) is None
+    assert op.short(x, BIAS, -1) is None
+    with pytest.raises(TypeError):
+        op.short(x, BIAS, "relu")  # type: ignore[arg-type]
+    assert op.short(x) is not None
+
+
 def test_int8_mm() -> None:
     a, b = codes(), codes().t()
     c = _C.int8_mm(a, b)

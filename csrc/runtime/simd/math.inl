@@ -21,9 +21,9 @@ inline Simd::F exp_clamped(Simd::F x) {
   return S::mul(p, S::exp2_of(n));
 }
 
-// x * Phi(x), the exact GELU. Phi from erfc(t) = e^(-t^2) u P(u), u = 1 / (1 + 0.3 t), t = |x| / sqrt 2, P of degree 8
+// Phi(-|x|) and e^(-x^2 / 2). Phi from erfc(t) = e^(-t^2) u P(u), u = 1 / (1 + 0.3 t), t = |x| / sqrt 2, P of degree 8
 // fitted for relative error 4e-8 on [0, 9.5]: the left tail keeps its relative precision, which 1 + erf(x) loses.
-inline void gelu_tail(Simd::F x, Simd::F* tail, Simd::F* e) {  // Phi(-|x|) and e^(-x^2 / 2)
+inline void gelu_tail(Simd::F x, Simd::F* tail, Simd::F* e) {
   using S = Simd;
   const S::F t = S::mul(S::abs(x), S::set1(0.707106781f));
   const S::F u = S::div(S::set1(1.0f), S::fma(t, S::set1(0.3f), S::set1(1.0f)));
@@ -41,6 +41,8 @@ inline void gelu_tail(Simd::F x, Simd::F* tail, Simd::F* e) {  // Phi(-|x|) and 
   *e = S::select_negative(S::add(power, S::set1(83.0f)), S::set1(0.0f), exp_clamped(power));
   *tail = S::mul(S::mul(p, S::mul(u, S::set1(0.5f))), *e);
 }
+
+// x * Phi(x), the exact GELU.
 inline Simd::F gelu(Simd::F x) {
   using S = Simd;
   S::F tail, e;
