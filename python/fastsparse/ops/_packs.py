@@ -34,7 +34,8 @@ def pack(
             `weight_only_linear`, dense: int8 in [-8, 7], or uint8 in [0, 15] with a zero_point (`quantize_groups`).
         format: "auto", or by the weight (layouts: csrc/<family>/formats):
             int8: "vnni16", dense; "bitmap_s8", "windows_s8", "blocks1x4" or "blocks4x4" for `sparse_int8_linear`, or
-            "sparse", that of the four which is the fastest for the zeros and `rows`.
+            "sparse", that of the four which is the fastest for zeros and `rows` (larger blocks: "blocks4x4", which
+            stores no more of them).
             4-bit codes: "u4", or without their zeros "bitmap_u4" (few rows, from about 50% zeros on).
             float32: "bitmap32", "sell16", "sell8", "sell8x32", "sell8x16", "sell4" or "panels128"; for zeros in blocks
             of outputs x k "blocks1x4", "blocks4x4", "blocks8x8", "blocks16x16" or "blocks16x1" (any weight can be
